@@ -1,0 +1,43 @@
+"""Two small towers on OpenMoji: from nothing to a searchable model in minutes, on a laptop's CPU.
+
+    python -m mmjax.main --config=configs/quickstart.py
+    python -m mmjax.main --config=configs/quickstart.py:languages=all
+
+docs/benchmarks.md has the figures. With `languages=all` every image comes with its name in one of 14
+languages, another one each time; evaluation takes English names and, once more, all 14.
+"""
+
+from mmjax import config as configs
+from mmjax.data.openmoji import LANGUAGES
+from mmjax.errors import UserError
+
+
+def get_config(arg=None):
+    """`arg`: None, "languages=en" or "languages=all"."""
+    if arg not in (None, "languages=en", "languages=all"):
+        raise UserError(f'configs/quickstart.py: unknown argument "{arg}"; known: languages=en, languages=all')
+    every_language = arg == "languages=all"
+    config = configs.default()
+    config.model.embed_dim = 128
+    tower = {"variant": "Ti", "width": 128, "heads": 4, "mlp_dim": 512, "unroll": 0}
+    config.model.encoders.image = configs.image_encoder(
+        **tower | {"variant": "Ti/20"}, depth=3, image_size=60, pooling="mean"
+    )
+    config.model.encoders.text = configs.text_encoder(
+        **tower, depth=2, length=12, vocab_size=4096, pooling="mean", mask_padding=True
+    )
+    config.objectives.contrastive = configs.objective(kind="softmax")
+    config.streams.train = configs.stream(batch_size=256)
+    config.optimizer.learning_rate = 2e-3
+    config.optimizer.weight_decay = 0.01
+    config.optimizer.warmup = 80.0
+    config.train.steps = 800
+    config.train.checkpoint_every = 200
+    config.evaluators.test = configs.retrieval(every=400)
+    config.evaluators.everything = configs.retrieval(gallery_split="all", contact_sheet=True)
+    if every_language:
+        config.streams.train.preprocess.languages = LANGUAGES
+        config.model.encoders.text.vocab_size = 16_384
+        config.model.encoders.text.length = 24
+        config.evaluators.test_every_language = configs.retrieval(languages=LANGUAGES)
+    return config

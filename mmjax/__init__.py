@@ -1,0 +1,10 @@
+"""mmjax: multimodal pretraining in JAX."""
+
+__version__ = "0.1.0"
+
+
+def load(workdir, step=None):
+    """Loads the model of a training run: see `mmjax.api.load`."""
+    from mmjax import api  # importing mmjax stays light
+
+    return api.load(workdir, step)

@@ -1,0 +1,99 @@
+"""What the programs share: flags, and errors in one line with exit code 2."""
+
+import errno
+import logging
+import os
+import re
+import runpy
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+
+from absl import flags
+from absl import logging as absl_logging
+from ml_collections import ConfigDict
+
+from mmjax import config as configs
+from mmjax.errors import EXIT_USER_ERROR, UserError
+
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+
+
+def run(main: Callable[[], int], description: str, argv: Sequence[str] | None = None) -> int:
+    """Parses the flags, runs `main`, and turns what goes wrong into an exit code.
+
+    Returns:
+      What `main` returns; 0 for --help; 2 for a user's mistake, told in one line; 130 for Ctrl-C.
+    """
+    argv = list(sys.argv if argv is None else argv)
+    debug = "--debug" in argv
+    absl_logging.set_verbosity(absl_logging.INFO if debug else absl_logging.ERROR)
+    logging.getLogger("jax").setLevel(logging.INFO if debug else logging.ERROR)
+    try:
+        if {"--help", "-h", "-help"} & set(argv):
+            print(f"{description.strip()}\n\nflags:\n{_flag_help()}")
+            return 0
+        _parse(argv)
+        return main()
+    except (UserError, OSError) as error:
+        if debug or not (isinstance(error, UserError) or error.errno in _NO_SPACE):
+            traceback.print_exc()
+        if isinstance(error, UserError):
+            print(f"error: {error}", file=sys.stderr)
+            return EXIT_USER_ERROR
+        if error.errno in _NO_SPACE:
+            print(f"error: no space left on the disk, writing {error.filename or 'run or cache'}", file=sys.stderr)
+            return EXIT_USER_ERROR
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+
+
+def _flag_help() -> str:
+    return "\n".join(f"  --{name}: {flag.help}" for name, flag in sorted(_own_flags().items()))
+
+
+def _own_flags() -> dict[str, flags.Flag]:
+    known = flags.FLAGS
+    names = [name for name in ("config", "workdir", "step", "follow", "debug") if name in known]
+    return {name: known[name] for name in names}
+
+
+def _parse(argv: list[str]) -> None:
+    """Parses absl flags; checks `--config` and its overrides first, for errors a reader understands."""
+    recipe = next((arg.partition("=")[2] for arg in argv[1:] if re.match(r"--?config=", arg)), None)
+    if recipe is not None:
+        config = load_recipe(recipe)
+        for arg in argv[1:]:
+            override = re.match(r"--?(?:no)?config\.([^=]+)", arg)
+            if override:
+                configs.check_key(config, override[1])
+    try:
+        rest = flags.FLAGS(argv)
+    except flags.UnrecognizedFlagError as error:
+        raise UserError(f"unknown flag --{error.flagname}; {configs.suggest(error.flagname, [*_own_flags()])}") from error
+    except (flags.Error, TypeError, ValueError) as error:
+        raise UserError(" ".join(str(error).split())) from error
+    if len(rest) > 1:
+        raise UserError(f'unexpected argument "{rest[1]}"; flags are written --name=value')
+
+
+def load_recipe(recipe: str) -> ConfigDict:
+    """The config of "file.py" or "file.py:argument".
+
+    Raises:
+      UserError: there is no such file, or it fails.
+    """
+    path, colon, argument = recipe.partition(":")
+    if not os.path.isfile(path):
+        folder = os.path.dirname(path) or "."
+        near = [name for name in os.listdir(folder) if name.endswith(".py")] if os.path.isdir(folder) else []
+        raise UserError(f"--config: no file {path}; {configs.suggest(os.path.basename(path), near)}")
+    try:
+        return runpy.run_path(path)["get_config"](*[argument] if colon else [])
+    except UserError:
+        raise
+    except Exception as error:  # a recipe is the user's code: anything may come out of it
+        raise UserError(f"--config: {recipe} failed: {type(error).__name__}: {error}") from error

@@ -1,0 +1,32 @@
+"""ArrayRecord files in mmjax's own record layout (`mmjax.data.records`)."""
+
+import glob
+
+from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+from mmjax.data import records
+from mmjax.errors import UserError
+
+
+class ArrayRecordSource:
+    """Random access to the records of all files that match a pattern, in the order of their names."""
+
+    def __init__(self, pattern: str):
+        """Opens the files.
+
+        Args:
+          pattern: a path with `*`, `?` and `[]`.
+
+        Raises:
+          UserError: no file matches.
+        """
+        self.paths = sorted(glob.glob(pattern))
+        if not self.paths:
+            raise UserError(f"no data at {pattern!r}: no such file, or the pattern matches none")
+        self._records = ArrayRecordDataSource(self.paths)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> dict:
+        return records.decode(self._records[index])

@@ -1,0 +1,55 @@
+"""A picture of what each caption retrieves: one row a caption, the right images framed in green."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+from mmjax.data import image
+
+TILE, GAP, CAPTION_HEIGHT, FRAME = 112, 12, 30, 4
+RIGHT, INK, PAPER = (22, 140, 60), (32, 32, 32), (255, 255, 255)
+
+
+def draw(
+    path: Path,
+    captions: Sequence[str],
+    images: Sequence[Sequence[bytes]],
+    right: Sequence[Sequence[bool]],
+) -> None:
+    """Draws the sheet as PNG.
+
+    Args:
+      path: where; the folder is made.
+      captions: one for each row.
+      images: for each row the encoded images, best first.
+      right: for each row, which of them the caption belongs to.
+    """
+    columns = max(len(row) for row in images)
+    width = columns * (TILE + GAP) + GAP
+    row_height = CAPTION_HEIGHT + TILE + GAP
+    sheet = Image.new("RGB", (width, len(captions) * row_height + GAP), PAPER)
+    pen = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(size=15)
+    for row, caption in enumerate(captions):
+        top = GAP + row * row_height
+        hit = "" if any(right[row]) else f"   (not among the first {columns})"
+        pen.text((GAP, top), _fit(caption + hit, font, width - 2 * GAP), INK, font)
+        for column, data in enumerate(images[row]):
+            left, tile_top = GAP + column * (TILE + GAP), top + CAPTION_HEIGHT - 6
+            tile = Image.fromarray(image.resize(image.decode(data), TILE))
+            sheet.paste(tile, (left, tile_top))
+            if right[row][column]:
+                box = (left - FRAME, tile_top - FRAME, left + TILE + FRAME - 1, tile_top + TILE + FRAME - 1)
+                pen.rectangle(box, outline=RIGHT, width=FRAME)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path)
+
+
+def _fit(caption: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+    """The caption, shortened with "..." to `width` pixels."""
+    if font.getlength(caption) <= width:
+        return caption
+    while caption and font.getlength(caption + "...") > width:
+        caption = caption[:-1]
+    return caption + "..."

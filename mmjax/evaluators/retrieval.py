@@ -1,0 +1,112 @@
+"""Image-text retrieval: recall at 1, 5 and 10, median and mean rank, in both directions."""
+
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float, Int
+from ml_collections import ConfigDict
+
+from mmjax.api import Model
+from mmjax.data.pipeline import captions_of, evaluation_images
+from mmjax.data.sources import open_source
+from mmjax.evaluators import contact_sheet
+
+RECALLS = (1, 5, 10)
+CHUNK = 1024
+SHEET_ROWS, SHEET_COLUMNS = 6, 5
+
+
+def ranks(
+    queries: Float[np.ndarray, "queries dim"],
+    gallery: Float[np.ndarray, "items dim"],
+    query_owners: Int[np.ndarray, " queries"],
+    item_owners: Int[np.ndarray, " items"],
+) -> Int[np.ndarray, " queries"]:
+    """The rank (0 is first) of the best item with the query's owner.
+
+    It is the number of other owners' items that score at least as high: a tie counts against the
+    model, so equal embeddings earn nothing. Scores are computed in chunks; the whole matrix is never
+    held. Every query's owner needs an item.
+    """
+    result = np.zeros(len(queries), np.int64)
+    for first in range(0, len(queries), CHUNK):
+        rows = slice(first, first + CHUNK)
+        owners = query_owners[rows, None]
+        best = np.full(len(owners), -np.inf, np.float32)
+        for second in range(0, len(gallery), CHUNK):
+            columns = slice(second, second + CHUNK)
+            scores = queries[rows] @ gallery[columns].T
+            own = owners == item_owners[None, columns]
+            best = np.maximum(best, np.where(own, scores, -np.inf).max(axis=1))
+        for second in range(0, len(gallery), CHUNK):
+            columns = slice(second, second + CHUNK)
+            scores = queries[rows] @ gallery[columns].T  # the same product again: bit for bit the same
+            other = owners != item_owners[None, columns]
+            result[rows] += ((scores >= best[:, None]) & other).sum(axis=1)
+    return result
+
+
+class Retrieval:
+    """The evaluator `retrieval`; its fields are those of `mmjax.config.retrieval`.
+
+    The captions of `split` search the images of `split` and, where `gallery_split` names another
+    one, the images of that instead; then only this direction is reported.
+    """
+
+    def __init__(self, entry: ConfigDict):
+        self._entry = entry
+
+    @cached_property
+    def _queries(self):
+        return open_source(self._entry.source, self._entry.split)
+
+    @cached_property
+    def _gallery(self):
+        split = self._entry.gallery_split
+        return open_source(self._entry.source, split) if split else self._queries
+
+    @cached_property
+    def _captions(self) -> tuple[list[str], list[str]]:
+        """All captions, and for each the key of the record that it belongs to."""
+        captions, owners = [], []
+        for index in range(len(self._queries)):
+            record = self._queries[index]
+            for caption in captions_of(record, self._entry.languages):
+                captions.append(caption)
+                owners.append(record["key"])
+        return captions, owners
+
+    def evaluate(self, model: Model, picture: Path | None = None) -> Iterator[tuple[str, float]]:
+        """Yields the metrics; draws a contact sheet where the entry asks for one."""
+        entry, gallery = self._entry, self._gallery
+        captions, caption_keys = self._captions
+        size = model.config.model.encoders.image.image_size
+        ids = model.tokenizer.encode(captions, model.config.model.encoders.text.length)
+        texts = model.encode_rows("text", len(captions), lambda rows: ids[rows], entry.batch_size)
+        images = model.encode_rows(
+            "image", len(gallery), lambda rows: evaluation_images(gallery, size, rows), entry.batch_size
+        )
+        numbers = {gallery[index]["key"]: index for index in range(len(gallery))}
+        text_owners = np.array([numbers[key] for key in caption_keys])
+        image_owners = np.arange(len(gallery))
+        yield from _summary("text_to_image", ranks(texts, images, text_owners, image_owners))
+        if not entry.gallery_split:
+            yield from _summary("image_to_text", ranks(images, texts, image_owners, text_owners))
+        if entry.contact_sheet and picture is not None:
+            chosen = np.linspace(0, len(captions) - 1, min(SHEET_ROWS, len(captions))).astype(int)
+            found = np.argsort(-(texts[chosen] @ images.T), axis=1, kind="stable")[:, :SHEET_COLUMNS]
+            contact_sheet.draw(
+                picture,
+                [captions[row] for row in chosen],
+                [[gallery[int(index)]["image"] for index in row] for row in found],
+                [[int(index) == text_owners[row] for index in line] for row, line in zip(chosen, found, strict=True)],
+            )
+
+
+def _summary(direction: str, found: Int[np.ndarray, " queries"]) -> Iterator[tuple[str, float]]:
+    for k in RECALLS:
+        yield f"{direction}_R@{k}", float((found < k).mean())
+    yield f"{direction}_median_rank", float(np.median(found) + 1)
+    yield f"{direction}_mean_rank", float(found.mean() + 1)

@@ -1,0 +1,50 @@
+"""How many floating-point operations a model needs, for the utilisation that a run reports."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from mmjax.models import variants
+from mmjax.models.multimodal import tower_size
+
+
+def tower_flops(encoder: Mapping[str, Any]) -> int:
+    """FLOPs of one input's forward pass: 2 for each multiply-add of a matrix product, nothing else."""
+    size = tower_size(encoder)
+    if "image_size" in encoder:
+        patch = variants.parse(encoder["variant"])[1]
+        patches = (encoder["image_size"] // patch) ** 2
+        tokens = patches + (encoder["pooling"] == "cls")
+        embed = patches * patch**2 * 3 * size.width
+    else:
+        tokens, embed = encoder["length"], 0
+    projections = tokens * (4 * size.width**2 + 2 * size.width * size.mlp_dim)
+    attention = 2 * tokens**2 * size.width
+    pooling = tokens * 2 * size.width**2 if encoder["pooling"] == "map" else 0
+    return 2 * (embed + size.depth * (projections + attention) + pooling)
+
+
+def train_flops(model: Mapping[str, Any]) -> int:
+    """FLOPs of one training example: the backward pass costs twice the forward pass."""
+    return 3 * sum(tower_flops(encoder) for encoder in model["encoders"].values())
+
+
+# Dense bfloat16 peak of one device, FLOP/s, from the vendors' data sheets.
+PEAK_FLOPS = {
+    "A100": 312e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "B200": 2250e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5p": 459e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+}
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """The peak of a device by the name that jax gives it, or None where it is not known."""
+    return next((peak for name, peak in PEAK_FLOPS.items() if name in device_kind), None)

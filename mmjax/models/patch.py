@@ -1,0 +1,34 @@
+"""Images to patch tokens."""
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float, UInt8
+
+
+def normalize(
+    image: UInt8[Array, "batch height width 3"], mean: float, std: float, dtype: jnp.dtype
+) -> Float[Array, "batch height width 3"]:
+    """Pixels from 0..255 to (pixel / 255 - mean) / std. On the device, so that hosts ship bytes."""
+    return ((image.astype(jnp.float32) / 255 - mean) / std).astype(dtype)
+
+
+class PatchEmbed(nn.Module):
+    """Cuts an image into square patches, row by row, and projects each one (Dosovitskiy et al. 2021, eq. 1).
+
+    Raises:
+      ValueError: a side is not a multiple of the patch size.
+    """
+
+    patch: int
+    width: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, image: Float[Array, "batch height width 3"]) -> Float[Array, "batch tokens embed"]:
+        batch, height, width, channels = image.shape
+        if height % self.patch or width % self.patch:
+            raise ValueError(f"an image of {height}x{width} cannot be cut into patches of {self.patch}")
+        rows, columns = height // self.patch, width // self.patch
+        patches = image.reshape(batch, rows, self.patch, columns, self.patch, channels)
+        patches = patches.transpose(0, 1, 3, 2, 4, 5).reshape(batch, rows * columns, -1)
+        return nn.Dense(self.width, dtype=self.dtype, name="patch_embed")(patches)

@@ -1,0 +1,48 @@
+"""Token sequences to one vector."""
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Bool, Float
+
+from mmjax.models.attention import Attention
+from mmjax.models.transformer import Mlp, layer_norm
+
+POOLINGS = ("mean", "cls", "map", "last")
+
+
+class Pool(nn.Module):
+    """Pools tokens by name.
+
+    - mean: the average of the tokens that `valid` marks;
+    - cls: the first token;
+    - last: the last position (padding is part of the input there, as in SigLIP's text tower);
+    - map: attention pooling with one learned query ("Scaling Vision Transformers", Zhai et al. 2022).
+    """
+
+    kind: str
+    heads: int
+    mlp_dim: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "batch tokens embed"],
+        valid: Bool[Array, "batch tokens"] | None = None,
+    ) -> Float[Array, "batch embed"]:
+        if self.kind == "cls":
+            return x[:, 0]
+        if self.kind == "last":
+            return x[:, -1]
+        if self.kind == "mean":
+            if valid is None:
+                return x.mean(axis=1)
+            weights = valid.astype(x.dtype)[..., None]
+            return (x * weights).sum(axis=1) / jnp.maximum(weights.sum(axis=1), 1)
+        batch, _, width = x.shape
+        probe = self.param("probe", nn.initializers.xavier_uniform(), (1, width)).astype(x.dtype)
+        query = jnp.broadcast_to(probe, (batch, 1, width))
+        mask = None if valid is None else valid[:, None, None, :]
+        pooled = Attention(self.heads, self.dtype, name="attention")(query, context=x, mask=mask)
+        pooled = pooled + Mlp(self.mlp_dim, self.dtype, name="mlp")(layer_norm("norm", self.dtype)(pooled))
+        return pooled[:, 0]

@@ -1,0 +1,53 @@
+"""Position embeddings: learned and 2-D sine-cosine, and how they follow a change of resolution."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+
+def sincos_2d(grid: tuple[int, int], width: int) -> Float[np.ndarray, "tokens width"]:
+    """Fixed 2-D embedding, as in MoCo v3 (Chen et al. 2021, section 4.3): half for x, half for y.
+
+    Raises:
+      ValueError: `width` is not a multiple of 4.
+    """
+    if width % 4:
+        raise ValueError(f"sine-cosine position embeddings need a width divisible by 4, not {width}")
+    frequencies = 1.0 / 10_000 ** (np.arange(width // 4) / (width // 4 - 1 or 1))
+    y, x = np.meshgrid(np.arange(grid[0]), np.arange(grid[1]), indexing="ij")
+    x_angles, y_angles = (np.outer(axis.ravel(), frequencies) for axis in (x, y))
+    parts = (np.sin(x_angles), np.cos(x_angles), np.sin(y_angles), np.cos(y_angles))
+    return np.concatenate(parts, axis=1).astype(np.float32)
+
+
+def resize(
+    table: Float[Array, "tokens width"], old: tuple[int, int], new: tuple[int, int]
+) -> Float[Array, "new_tokens width"]:
+    """Interpolates a learned table from one grid of patches to another (bicubic, antialiased)."""
+    if old == new:
+        return table
+    grid = table.reshape(*old, table.shape[-1])
+    return jax.image.resize(grid, (*new, table.shape[-1]), "cubic").reshape(-1, table.shape[-1])
+
+
+class ImagePosition(nn.Module):
+    """Adds the embedding of each patch's place in the grid.
+
+    `grid` is the one that the parameters are made for; another grid at call time interpolates them.
+    """
+
+    kind: str
+    grid: tuple[int, int]
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "batch tokens width"], grid: tuple[int, int]
+    ) -> Float[Array, "batch tokens width"]:
+        width = x.shape[-1]
+        if self.kind == "sincos2d":
+            return x + jnp.asarray(sincos_2d(grid, width), x.dtype)
+        init = nn.initializers.normal(width**-0.5)
+        table = self.param("position", init, (self.grid[0] * self.grid[1], width))
+        return x + resize(table, self.grid, grid).astype(x.dtype)

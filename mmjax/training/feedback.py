@@ -1,0 +1,200 @@
+"""What a run tells: progress on the terminal, `metrics.jsonl`, TensorBoard."""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+import jax
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn, track
+from rich.table import Table
+
+CONSOLE = Console(stderr=True, highlight=False)
+
+
+def say(message: str) -> None:
+    """One line for the user, from the first process alone."""
+    if jax.process_index() == 0:
+        CONSOLE.print(message, markup=False, soft_wrap=True)
+
+
+def data_progress(items: Iterable, total: int) -> Iterator:
+    """Shows how far the preparation of the data set is."""
+    title = f"preparing {total:,} drawings"
+    if CONSOLE.is_terminal:
+        return track(items, title, total, console=CONSOLE)
+    CONSOLE.print(title, markup=False)
+    return iter(items)
+
+
+class MetricWriter:
+    """Appends metrics to `metrics.jsonl` and to TensorBoard events, from the first process alone.
+
+    A resumed run repeats the steps after its checkpoint: what was written for them is taken back.
+    """
+
+    def __init__(self, folder: Path, resumed_step: int | None = None):
+        self._active = jax.process_index() == 0
+        if not self._active:
+            return
+        from tensorboardX import SummaryWriter
+
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "metrics.jsonl"
+        if resumed_step is not None:
+            _keep_until(path, resumed_step)
+        self._file = path.open("a")
+        purge = {} if resumed_step is None else {"purge_step": resumed_step + 1}
+        self._events = SummaryWriter(str(folder), **purge)
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Writes one line, and one TensorBoard scalar for each metric."""
+        if not self._active:
+            return
+        self._file.write(json.dumps({"step": step, "time": round(time.time(), 3), **metrics}) + "\n")
+        self._file.flush()
+        for name, value in metrics.items():
+            self._events.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Flushes and closes both."""
+        if self._active:
+            self._file.close()
+            self._events.close()
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The lines of a `metrics.jsonl`; a last line that a kill cut short is dropped."""
+    lines = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            break
+    return lines
+
+
+def _keep_until(path: Path, step: int) -> None:
+    kept = [line for line in read_metrics(path) if line["step"] <= step]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    os.replace(temporary, path)
+
+
+class Meter:
+    """Speed since the last reading: what `perf/` metrics report."""
+
+    def __init__(self, flops_per_example: int, peak_flops: float | None):
+        self._flops_per_example, self._peak = flops_per_example, peak_flops
+        self._first: dict[str, float] = {}
+        self._clear()
+
+    def step(self, examples: int) -> None:
+        """Counts one step and its examples."""
+        self._steps += 1
+        self._examples += examples
+
+    def wait(self, seconds: float) -> None:
+        """Counts time that the loop waited for the host's data."""
+        self._waited += seconds
+
+    def restart(self, compile_seconds: float) -> None:
+        """Forgets the first step, which compiled; the next reading says how long it took."""
+        self._first = {"perf/first_step_seconds": compile_seconds}
+        self._clear()
+
+    def _clear(self) -> None:
+        self._start = time.perf_counter()
+        self._steps = self._examples = 0
+        self._waited = 0.0
+
+    def pause(self, seconds: float) -> None:
+        """Leaves out time that was spent on something else than steps."""
+        self._start += seconds
+
+    def read(self) -> dict[str, float]:
+        """The metrics since the last reading; starts anew."""
+        elapsed = max(time.perf_counter() - self._start, 1e-9)
+        rate = self._examples / elapsed
+        metrics = {
+            "perf/examples_per_second": rate,
+            "perf/step_seconds": elapsed / max(self._steps, 1),
+            "perf/data_wait_fraction": self._waited / elapsed,
+        }
+        if self._peak:
+            metrics["perf/mfu"] = rate * self._flops_per_example / (self._peak * jax.device_count())
+        memory = jax.local_devices()[0].memory_stats() or {}
+        if "peak_bytes_in_use" in memory:
+            metrics["perf/peak_memory_gb"] = memory["peak_bytes_in_use"] / 1e9
+        metrics |= self._first
+        self._first = {}
+        self._clear()
+        return metrics
+
+
+class TrainProgress:
+    """The progress of training: a bar on a terminal, a line for each report elsewhere."""
+
+    def __init__(self, start: int, steps: int):
+        self._steps, self._begin, self._start = steps, time.perf_counter(), start
+        self._bar = None
+        if CONSOLE.is_terminal and jax.process_index() == 0:
+            columns = (
+                TextColumn("step"),
+                MofNCompleteColumn(),
+                BarColumn(),
+                TextColumn("{task.fields[text]}"),
+                TextColumn("ETA"),
+                TimeRemainingColumn(),
+            )
+            self._bar = Progress(*columns, console=CONSOLE)
+            self._task = self._bar.add_task("", total=steps, completed=start, text="compiling")
+
+    def __enter__(self) -> "TrainProgress":
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def advance(self, step: int) -> None:
+        """Moves the bar to `step` steps done."""
+        if self._bar:
+            self._bar.update(self._task, completed=step)
+
+    def report(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Shows the metrics after `step` steps."""
+        text = f"loss {metrics['train/loss']:.4f} · {metrics['perf/examples_per_second']:,.0f} examples/s"
+        text += f" · data wait {metrics['perf/data_wait_fraction']:.1%}"
+        if "perf/mfu" in metrics:
+            text += f" · MFU {metrics['perf/mfu']:.1%}"
+        if self._bar:
+            self._bar.update(self._task, completed=step, text=text)
+            return
+        seconds = (time.perf_counter() - self._begin) / max(step - self._start, 1) * (self._steps - step)
+        minutes, seconds = divmod(round(seconds), 60)
+        hours, minutes = divmod(minutes, 60)
+        say(f"step {step}/{self._steps} · {text} · ETA {hours}:{minutes:02d}:{seconds:02d}")
+
+
+def show_evaluation(metrics: Mapping[str, float]) -> None:
+    """Prints retrieval metrics as a table: a row for each evaluator and direction."""
+    rows: dict[tuple[str, str], dict[str, float]] = {}
+    for name, value in metrics.items():
+        _, evaluator, metric = name.split("/", 2)
+        for direction in ("image_to_text", "text_to_image"):
+            if metric.startswith(direction):
+                rows.setdefault((evaluator, direction), {})[metric[len(direction) + 1 :]] = value
+    table = Table(title="Retrieval on held-out data")
+    for column in ("evaluator", "direction", "R@1", "R@5", "R@10", "median rank"):
+        table.add_column(column, justify="left" if column in ("evaluator", "direction") else "right")
+    for (evaluator, direction), row in rows.items():
+        recalls = [f"{row[f'R@{k}']:.3f}" for k in (1, 5, 10)]
+        table.add_row(evaluator, direction.replace("_", " "), *recalls, f"{row['median_rank']:g}")
+    if rows and jax.process_index() == 0:
+        Console(width=None if sys.stdout.isatty() else 100).print(table)

@@ -1,0 +1,171 @@
+"""The training loop."""
+
+import json
+import signal
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+from ml_collections import ConfigDict
+
+from mmjax import api
+from mmjax.data import pipeline
+from mmjax.evaluators import Evaluation
+from mmjax.models.flops import peak_flops, train_flops
+from mmjax.sharding import distributed
+from mmjax.sharding.rules import batch_sharding
+from mmjax.training import feedback
+from mmjax.training.checkpoint import Checkpoints, saved_steps
+from mmjax.training.setup import Setup, prepare, write_atomically
+from mmjax.training.state import TrainState
+
+RESULT = "result.json"  # written when a run is finished
+
+
+def train(config: ConfigDict, workdir: Path) -> int:
+    """Trains from scratch, or from the last checkpoint in `workdir`, to the end.
+
+    Returns:
+      The exit code: 0 at the end of the run, 128 + signal where SIGINT or SIGTERM stopped it.
+
+    Raises:
+      UserError: the config, the data or the workdir will not do; nothing was compiled yet.
+    """
+    started = time.time()
+    setup = prepare(config, workdir)
+    steps, start = setup.steps, max(saved_steps(workdir), default=0)
+    if start >= steps:
+        feedback.say(f"{workdir} is finished at step {start}; delete it or name another --workdir to train anew")
+        _finish(setup, _last_evaluation(workdir), started)
+        return 0
+    with jax.set_mesh(setup.mesh), Checkpoints(workdir, config) as checkpoints, StopRequest() as stop:
+        writer = feedback.MetricWriter(workdir, start)
+        try:
+            state = checkpoints.restore(start, setup.target) if start else setup.make_state()
+            feedback.say(
+                f"{'resuming at' if start else 'training: step'} {start} of {steps}, "
+                f"{setup.model_parameters / 1e6:.1f} M parameters, {jax.device_count()} x "
+                f"{jax.devices()[0].device_kind}, workdir {workdir}"
+            )
+            done, evaluated = _loop(setup, state, start, checkpoints, writer, stop)
+            checkpoints.wait()
+        finally:
+            writer.close()
+    if done < steps:
+        feedback.say(f"stopped at step {done} of {steps}, checkpoint saved; the same command goes on from there")
+        return 128 + stop.signal
+    _finish(setup, evaluated, started)
+    return 0
+
+
+def _loop(
+    setup: Setup,
+    state: TrainState,
+    start: int,
+    checkpoints: Checkpoints,
+    writer: feedback.MetricWriter,
+    stop: "StopRequest",
+) -> tuple[int, Mapping[str, float]]:
+    """Runs the steps from `start`; returns how many are done and the last evaluation."""
+    config, steps = setup.config, setup.steps
+    objectives = {name: tuple(entry.objectives or config.objectives) for name, entry in config.streams.items()}
+    sizes = {name: entry.batch_size for name, entry in config.streams.items()}
+    evaluation = Evaluation(config.evaluators)
+    model = api.Model(config, state.params, setup.tokenizer, setup.mesh)
+    tokenizer, evaluated = setup.tokenizer.to_json(), {}
+    batches = distributed.prefetch(_on_devices(setup, start, meter := _meter(config)))
+    with feedback.TrainProgress(start, steps) as progress:
+        for done in range(start + 1, steps + 1):
+            stream, batch = next(batches)
+            began = time.perf_counter()
+            with jax.transfer_guard("disallow"):
+                state, metrics = setup.train_step(state, batch, objectives[stream])
+            if done == start + 1:
+                jax.block_until_ready(metrics)
+                meter.restart(time.perf_counter() - began)
+            meter.step(sizes[stream])
+            progress.advance(done)
+            last = done == steps
+            if done % config.train.log_every == 0 or last or stop.signal:
+                report = {name: float(value) for name, value in jax.device_get(metrics).items()} | meter.read()
+                writer.write(done, report)
+                progress.report(done, report)
+            paused = time.perf_counter()
+            results = {}
+            if due := evaluation.due(done, last):
+                current = model.with_params(state.ema if config.train.ema_decay else state.params, done)
+                results = evaluated = evaluation.run(due, current, setup.workdir / "pictures")
+                writer.write(done, results)
+            if done % config.train.checkpoint_every == 0 or last or stop.signal:
+                checkpoints.save(state, tokenizer, results)
+            meter.pause(time.perf_counter() - paused)
+            if stop.signal:
+                return done, evaluated
+    return steps, evaluated
+
+
+def _on_devices(setup: Setup, start: int, meter: feedback.Meter):
+    """Yields (stream, global batch on the devices); tells the meter how long the host's data took."""
+    sharding, entries = batch_sharding(setup.mesh), setup.config.streams
+    batches = pipeline.train_batches(setup.config, setup.sources, setup.tokenizer, setup.rows, start, setup.steps)
+    while True:
+        began = time.perf_counter()
+        drawn = next(batches, None)
+        meter.wait(time.perf_counter() - began)
+        if drawn is None:
+            return
+        stream, batch = drawn
+        yield stream, distributed.to_devices(batch, setup.rows[stream], sharding, entries[stream].batch_size)
+
+
+def _meter(config: ConfigDict) -> feedback.Meter:
+    return feedback.Meter(train_flops(config.model), peak_flops(jax.devices()[0].device_kind))
+
+
+def _last_evaluation(workdir: Path) -> dict[str, float]:
+    """The evaluation at the end of a finished run."""
+    lines = [line for line in feedback.read_metrics(workdir / "metrics.jsonl") if any("eval/" in name for name in line)]
+    return {name: value for name, value in lines[-1].items() if name.startswith("eval/")} if lines else {}
+
+
+def _finish(setup: Setup, evaluated: Mapping[str, float], started: float) -> None:
+    """Says how the run ended and where everything is; marks it as finished."""
+    workdir = setup.workdir
+    if jax.process_index() != 0:
+        return
+    if not (workdir / RESULT).exists():
+        result = {"step": setup.steps, "seconds": round(time.time() - started, 1), "metrics": dict(evaluated)}
+        write_atomically(workdir / RESULT, json.dumps(result, indent=2) + "\n")
+    feedback.show_evaluation(evaluated)
+    pictures = sorted((workdir / "pictures").glob(f"*-{setup.steps:08d}.png"))
+    places = {
+        "checkpoints": workdir / "checkpoints",
+        "metrics": workdir / "metrics.jsonl",
+        "TensorBoard": f"tensorboard --logdir {workdir}",
+    }
+    places |= {"picture": picture for picture in pictures}
+    places["in Python"] = f'mmjax.load("{workdir}")'
+    for name, place in places.items():
+        feedback.say(f"{name + ':':13}{place}")
+
+
+class StopRequest:
+    """Notes the first SIGINT or SIGTERM, so that the loop ends with a checkpoint; the second one acts at once."""
+
+    def __init__(self):
+        self.signal = 0
+
+    def __enter__(self) -> "StopRequest":
+        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *exception) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame) -> None:
+        self.signal = number
+        for each, handler in self._before.items():
+            signal.signal(each, handler)
+        feedback.say(f"{signal.Signals(number).name}: stopping after this step; once more stops at once")

@@ -1,0 +1,159 @@
+"""From a config and a folder to everything that the training loop needs; every check comes first."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
+
+from mmjax import api
+from mmjax import config as configs
+from mmjax.data import sources, text
+from mmjax.errors import UserError
+from mmjax.sharding import distributed
+from mmjax.sharding.mesh import make_mesh
+from mmjax.sharding.rules import batch_sharding
+from mmjax.training import feedback
+from mmjax.training.checkpoint import saved_steps
+from mmjax.training.optimizer import in_steps, learning_rate_schedule, make_optimizer
+from mmjax.training.state import TrainState, make_state, state_shardings, with_shardings
+from mmjax.training.step import make_train_step
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a run is made of. Nothing large is computed or read before `make_state` is called."""
+
+    config: ConfigDict
+    workdir: Path
+    mesh: Mesh
+    sources: Mapping[str, sources.Source]
+    tokenizer: text.Tokenizer
+    rows: Mapping[str, np.ndarray]
+    steps: int
+    model_parameters: int
+    target: TrainState
+    make_state: Callable[[], TrainState]
+    train_step: Callable
+
+
+def prepare(config: ConfigDict, workdir: Path) -> Setup:
+    """Checks the config, opens the data, claims the workdir, and makes the compiled functions.
+
+    Raises:
+      UserError: the config, the data or the workdir will not do.
+    """
+    configs.validate(config, jax.device_count())
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    _claim(workdir, config)
+    opened = {
+        name: sources.open_source(entry.source, entry.split, feedback.data_progress)
+        for name, entry in config.streams.items()
+    }
+    tokenizer = _tokenizer(config, workdir)
+    steps, schedule = _schedule(config, opened)
+    module = api.make_module(config)
+    with jax.set_mesh(mesh):
+        init = partial(api.init_params, config, module)
+        optimizer = make_optimizer(config.optimizer, schedule, jax.eval_shape(init))
+        make = partial(make_state, init, optimizer, config.train.ema_decay > 0)
+        shapes = jax.eval_shape(make)
+    _check_space(workdir, shapes)
+    shardings = state_shardings(shapes, mesh)
+    train_step = jax.jit(
+        make_train_step(config, module, optimizer, schedule),
+        static_argnums=2,
+        donate_argnums=0,
+        out_shardings=(shardings, NamedSharding(mesh, P())),
+    )
+    sharding = batch_sharding(mesh)
+    return Setup(
+        config=config,
+        workdir=workdir,
+        mesh=mesh,
+        sources=opened,
+        tokenizer=tokenizer,
+        rows={name: distributed.local_rows(sharding, entry.batch_size) for name, entry in config.streams.items()},
+        steps=steps,
+        model_parameters=sum(leaf.size for leaf in jax.tree.leaves(shapes.params)),
+        target=with_shardings(shapes, shardings),
+        make_state=jax.jit(make, out_shardings=shardings),
+        train_step=train_step,
+    )
+
+
+def _claim(workdir: Path, config: ConfigDict) -> None:
+    """Makes the folder and writes the config into it, or checks that it holds a run of this config."""
+    path, new = workdir / "config.json", configs.to_plain(config)
+    if path.exists() and saved_steps(workdir):
+        saved = configs.to_plain(api.load_config(workdir))
+        differing = configs.differing_keys(saved, new)
+        if differing:
+            old, new = dict(configs.flatten(saved)), dict(configs.flatten(new))
+            changes = ", ".join(f"{key} ({old.get(key)!r} there, {new.get(key)!r} now)" for key in differing[:6])
+            more = f" and {len(differing) - 6} more" if len(differing) > 6 else ""
+            raise UserError(f"{workdir} holds a run with another config: {changes}{more}; choose another --workdir")
+    if jax.process_index() == 0:
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, json.dumps(new, indent=2) + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write into the workdir {workdir}: {error.strerror}") from error
+
+
+def write_atomically(path: Path, content: str) -> None:
+    """Writes a small text file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(content)
+    os.replace(temporary, path)
+
+
+def _tokenizer(config: ConfigDict, workdir: Path) -> text.Tokenizer:
+    """The tokenizer of the config, or the one that the first stream's source comes with; copied into the workdir.
+
+    Raises:
+      UserError: there is none, or its vocabulary is larger than the model's.
+    """
+    encoder, entry = config.model.encoders.text, next(iter(config.streams.values()))
+    path = encoder.tokenizer or sources.tokenizer_path(entry.source, entry.preprocess.languages)
+    if path is None:
+        raise UserError(f"config.model.encoders.text.tokenizer: {entry.source} comes with none; name a tokenizer.json")
+    tokenizer = text.load(path)
+    if tokenizer.vocab_size > encoder.vocab_size:
+        raise UserError(
+            f"config.model.encoders.text.vocab_size: {encoder.vocab_size} is less than the {tokenizer.vocab_size} "
+            f"tokens of {path}"
+        )
+    if jax.process_index() == 0:
+        shutil.copyfile(path, workdir / f"tokenizer{Path(path).suffix}")
+    return tokenizer
+
+
+def _schedule(config: ConfigDict, opened: Mapping[str, sources.Source]) -> tuple[int, Callable]:
+    """How many steps the run has, and its learning rates; epochs and examples count the first stream's."""
+    name, entry = next(iter(config.streams.items()))
+    records = len(opened[name])
+    unit = next(unit for unit in configs.UNITS if config.train[unit])
+    steps = in_steps(config.train[unit], unit, entry.batch_size, records)
+    if steps < 1:
+        raise UserError(f"config.train.{unit}: {config.train[unit]} is less than one batch")
+    warmup = in_steps(config.optimizer.warmup, config.optimizer.unit, entry.batch_size, records)
+    return steps, learning_rate_schedule(config.optimizer, steps, warmup)
+
+
+def _check_space(workdir: Path, state: TrainState) -> None:
+    """Two checkpoints have to fit: the last good one stays until the next one is whole."""
+    needed = 2 * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    free = shutil.disk_usage(workdir).free
+    if needed > free:
+        raise UserError(
+            f"no space in the workdir {workdir}: {free / 1e9:.2f} GB free, two checkpoints need {needed / 1e9:.2f} GB"
+        )
