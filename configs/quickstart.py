@@ -27,7 +27,7 @@ def get_config(arg=None):
         **tower, depth=2, length=12, vocab_size=4096, pooling="mean", mask_padding=True
     )
     config.objectives.contrastive = configs.objective(kind="softmax")
-    config.streams.train = configs.stream(batch_size=256)
+    config.streams.train = configs.stream(batch_size=256, keep_decoded=True)
     config.optimizer.learning_rate = 2e-3
     config.optimizer.weight_decay = 0.01
     config.optimizer.warmup = 80.0

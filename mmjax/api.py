@@ -44,9 +44,7 @@ def make_module(config: ConfigDict) -> MultimodalModel:
 class Model:
     """A model with its parameters and tokenizer. Embeddings are float32 of unit norm."""
 
-    def __init__(
-        self, config: ConfigDict, params: PyTree, tokenizer: tokenizers.Tokenizer, mesh: Mesh, step: int = 0
-    ):
+    def __init__(self, config: ConfigDict, params: PyTree, tokenizer: tokenizers.Tokenizer, mesh: Mesh, step: int = 0):
         self.config, self.params, self.tokenizer, self.mesh = config, params, tokenizer, mesh
         self.step = step
         module = make_module(config)

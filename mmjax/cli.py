@@ -73,7 +73,9 @@ def _parse(argv: list[str]) -> None:
     try:
         rest = flags.FLAGS(argv)
     except flags.UnrecognizedFlagError as error:
-        raise UserError(f"unknown flag --{error.flagname}; {configs.suggest(error.flagname, [*_own_flags()])}") from error
+        raise UserError(
+            f"unknown flag --{error.flagname}; {configs.suggest(error.flagname, [*_own_flags()])}"
+        ) from error
     except (flags.Error, TypeError, ValueError) as error:
         raise UserError(" ".join(str(error).split())) from error
     if len(rest) > 1:

@@ -112,13 +112,17 @@ def objective(**fields) -> ConfigDict:
 
 
 def stream(**fields) -> ConfigDict:
-    """A stream of training batches. Its `objectives` are names in `config.objectives`; () is all."""
+    """A stream of training batches. Its `objectives` are names in `config.objectives`; () is all.
+
+    `keep_decoded` keeps decoded images in memory: for small data sets.
+    """
     own = {
         "source": "openmoji",
         "split": "train",
         "batch_size": 256,
         "weight": 1.0,
         "objectives": (),
+        "keep_decoded": False,
         "preprocess": {"crop_min_area": 0.8, "crop_max_aspect": 1.0, "mirror": 0.5, "languages": ("en",)},
     }
     return ConfigDict(own | fields)

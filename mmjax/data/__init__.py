@@ -1,0 +1,1 @@
+"""Data: sources, decoding, tokenizers, the deterministic input pipeline."""

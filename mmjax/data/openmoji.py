@@ -49,7 +49,9 @@ _NEVER_MIRRORED = (
     (0x1F6D1, 0x1F6D1),
     (0x1F947, 0x1F949),
 )
-_DIRECTED_WORDS = frozenset("left right arrow flag button sign clock atm leftwards rightwards".split())
+_DIRECTED_WORDS = frozenset(
+    ("left", "right", "arrow", "flag", "button", "sign", "clock", "atm", "leftwards", "rightwards")
+)
 
 
 def cache_root() -> Path:
@@ -196,9 +198,7 @@ def _render(path: str) -> bytes:
     """Draws one SVG file on white; returns lossless WebP bytes, PIXELS x PIXELS."""
     import resvg_py
 
-    png = resvg_py.svg_to_bytes(
-        svg_path=path, width=PIXELS, height=PIXELS, background="white", skip_system_fonts=True
-    )
+    png = resvg_py.svg_to_bytes(svg_path=path, width=PIXELS, height=PIXELS, background="white", skip_system_fonts=True)
     pixels = cv2.imdecode(np.frombuffer(bytes(png), np.uint8), cv2.IMREAD_COLOR)
     lossless = [cv2.IMWRITE_WEBP_QUALITY, 101]
     return cv2.imencode(".webp", pixels, lossless)[1].tobytes()

@@ -35,13 +35,29 @@ class TrainExample:
 
     def __call__(self, record: dict, rng: np.random.Generator) -> Batch:
         """`image` uint8 [size, size, 3] and `text` int32 [length]; all choices come from `rng`."""
-        pixels = image.decode(record["image"])
+        pixels = record["pixels"] if "pixels" in record else image.decode(record["image"])
         pixels = image.random_resized_crop(pixels, self.image_size, self.crop_min_area, self.crop_max_aspect, rng)
         if rng.random() < self.mirror and record["mirror"]:
             pixels = image.mirror(pixels)
         captions = captions_of(record, self.languages)
         caption = captions[rng.integers(len(captions))]
         return {"image": pixels, "text": self.tokenizer.encode([caption], self.text_length)[0]}
+
+
+class DecodedInMemory:
+    """A source whose records keep their decoded pixels after the first read, for data that fits in memory."""
+
+    def __init__(self, source: Source):
+        self._source, self._records = source, {}
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> dict:
+        if index not in self._records:
+            record = self._source[index]
+            self._records[index] = record | {"pixels": image.decode(record["image"])}
+        return self._records[index]
 
 
 def captions_of(record: dict, languages: Sequence[str]) -> list[str]:
@@ -135,7 +151,8 @@ def train_batches(
             preprocess.mirror,
         )
         seed = config.seed + 1_000_003 * number
-        dataset = stream_dataset(sources[name], example, seed, entry.batch_size, rows[name])
+        source = DecodedInMemory(sources[name]) if entry.keep_decoded else sources[name]
+        dataset = stream_dataset(source, example, seed, entry.batch_size, rows[name])
         first, count = schedule[:start].count(name), schedule.count(name)
         iterators[name] = _iterate(dataset[first:count], config.loader) if first < count else iter(())
     for name in schedule[start:]:

@@ -1,6 +1,7 @@
 """Tokenizers: text to padded rows of token ids."""
 
 import base64
+import functools
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -39,6 +40,8 @@ class HuggingFaceTokenizer:
         self._tokenizer = tokenizers.Tokenizer.from_str(definition)
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
+        # The same captions come back every epoch, and in training one at a time.
+        self._ids = functools.lru_cache(maxsize=100_000)(lambda text: self._tokenizer.encode(text).ids)
         self.vocab_size = max(self._tokenizer.get_vocab().values()) + 1
         self._end = self._first_known(END, "</s>", "<|endoftext|>", "<|endofprompt|>", "[SEP]")
         pad = self._first_known(PAD, "<pad>", "[PAD]")
@@ -49,7 +52,7 @@ class HuggingFaceTokenizer:
         return next((i for i in map(self._tokenizer.token_to_id, tokens) if i is not None), None)
 
     def encode(self, texts: Sequence[str], length: int) -> Int[np.ndarray, "texts length"]:
-        return _pad([encoding.ids for encoding in self._tokenizer.encode_batch(list(texts))], length, self._end)
+        return _pad([self._ids(text) for text in texts], length, self._end)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, without padding and special tokens."""
@@ -122,13 +125,21 @@ def train_bpe(texts: Iterable[str], vocab_size: int, path: Path) -> None:
     """Learns a byte-level BPE vocabulary and writes it as `tokenizer.json`.
 
     All 256 bytes are in the vocabulary, so any character that was not seen falls back to its
-    UTF-8 bytes and no input is unknown (Radford et al. 2019, section 2.2). Text is lower-cased.
+    UTF-8 bytes and no input is unknown (Radford et al. 2019, section 2.2). Text is lower-cased. Words
+    end at spaces alone: "medium-dark" can become one token.
     """
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFKC(), normalizers.Lowercase(), normalizers.Strip(), normalizers.Prepend(" ")]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(" ", "merged_with_next"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,

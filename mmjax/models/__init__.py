@@ -1,0 +1,1 @@
+"""Models: pure Flax modules, from patches and token ids to embeddings."""

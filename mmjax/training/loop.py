@@ -144,7 +144,8 @@ def _finish(setup: Setup, evaluated: Mapping[str, float], started: float) -> Non
         "metrics": workdir / "metrics.jsonl",
         "TensorBoard": f"tensorboard --logdir {workdir}",
     }
-    places |= {"picture": picture for picture in pictures}
+    if pictures:
+        places["pictures"] = "  ".join(map(str, pictures))
     places["in Python"] = f'mmjax.load("{workdir}")'
     for name, place in places.items():
         feedback.say(f"{name + ':':13}{place}")

@@ -41,9 +41,7 @@ def make_train_step(
 
     gradient = jax.value_and_grad(loss_of, has_aux=True)
 
-    def train_step(
-        state: TrainState, batch: Mapping[str, Array], names: tuple[str, ...]
-    ) -> tuple[TrainState, Metrics]:
+    def train_step(state: TrainState, batch: Mapping[str, Array], names: tuple[str, ...]) -> tuple[TrainState, Metrics]:
         rng = jax.random.fold_in(jax.random.key(seed), state.step)
         if microbatches == 1:
             (_, metrics), grads = gradient(state.params, batch, rng, names)

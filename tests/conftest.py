@@ -1,0 +1,26 @@
+"""Eight virtual CPU devices for every test; set before jax starts."""
+
+import os
+
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax
+import pytest
+
+from mmjax.data import openmoji
+from mmjax.sharding.mesh import make_mesh
+
+
+@pytest.fixture(scope="session")
+def openmoji_folder():
+    """The embedded data set, built on first use."""
+    return openmoji.prepare()
+
+
+@pytest.fixture
+def mesh():
+    """A mesh of one device, set for the test."""
+    single = make_mesh(devices=jax.devices()[:1])
+    with jax.set_mesh(single):
+        yield single

@@ -1,0 +1,89 @@
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from mmjax import config as configs
+from mmjax.errors import UserError
+from tests import tiny
+
+RECIPES = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
+
+
+def load(path, *arguments):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(*arguments)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipes_are_valid(path):
+    configs.validate(load(path), 8)
+
+
+def test_vit_b_is_the_published_siglip_recipe():
+    config = load(RECIPES[0].parent / "vit_b.py")
+    assert (config.model.logit_scale, config.model.logit_bias, config.optimizer.b2) == (10.0, -10.0, 0.95)
+    assert (config.model.encoders.image.variant, config.model.encoders.image.image_size) == ("B/16", 224)
+    assert (config.objectives.contrastive.kind, config.optimizer.schedule) == ("sigmoid", "cosine")
+
+
+MISTAKES = [
+    (lambda c: c.optimizer.__setattr__("name", "adam"), 'config.optimizer.name: unknown "adam"; did you mean "adamw"?'),
+    (lambda c: c.model.encoders.image.__setattr__("image_size", 30), "patch 14 does not divide 30 pixels"),
+    (lambda c: c.model.encoders.image.__setattr__("heads", 5), "5 heads do not divide width 32"),
+    (lambda c: c.model.encoders.text.__setattr__("variant", "XL"), 'unknown variant "XL"'.replace('"', "'")),
+    (lambda c: c.model.encoders.text.__setattr__("pooling", "mena"), 'did you mean "mean"?'),
+    (lambda c: c.streams.train.__setattr__("batch_size", 12), "config.streams.train.batch_size: 12 is not divisible"),
+    (lambda c: c.streams.train.__setattr__("objectives", ("contrast",)), 'did you mean "contrastive"?'),
+    (lambda c: c.mesh.__setattr__("tensor", 3), "mesh.tensor=3 does not divide the 8 device(s)"),
+    (lambda c: c.train.__setattr__("epochs", 1.0), "set exactly one of steps, examples, epochs"),
+    (lambda c: c.train.__setattr__("steps", -1), "set exactly one of steps, examples, epochs"),
+    (lambda c: c.optimizer.__setattr__("rules", (("(", 1.0, 1.0),)), "config.optimizer.rules"),
+    (lambda c: c.streams.train.preprocess.__setattr__("crop_min_area", 0.0), "crop_min_area: not in (0, 1]"),
+    (lambda c: c.evaluators.test.__setattr__("batch_size", 81), "config.evaluators.test.batch_size: 81"),
+]
+
+
+@pytest.mark.parametrize("spoil, message", MISTAKES, ids=[message for _, message in MISTAKES])
+def test_a_mistake_is_one_line_that_names_the_key(spoil, message):
+    config = tiny.get_config()
+    configs.validate(config, 8)
+    spoil(config)
+    with pytest.raises(UserError) as error:
+        configs.validate(config, 8)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_unknown_and_mistyped_keys():
+    config = tiny.get_config()
+    config.optimizer.learning_rat = 1.0
+    with pytest.raises(UserError, match='config.optimizer.learning_rat; did you mean "learning_rate"'):
+        configs.validate(config, 8)
+    config = tiny.get_config()
+    with config.ignore_type():
+        config.optimizer.learning_rate = "fast"
+    with pytest.raises(UserError, match="config.optimizer.learning_rate: expected float, got str 'fast'"):
+        configs.validate(config, 8)
+    with pytest.raises(UserError, match='"optimzer"; did you mean "optimizer"'):
+        configs.check_key(config, "optimzer.lr")
+    with pytest.raises(UserError, match="config.seed has no keys below it"):
+        configs.check_key(config, "seed.lr")
+
+
+def test_a_saved_config_comes_back_equal():
+    config = load(RECIPES[0])
+    assert configs.from_plain(configs.to_plain(config)).to_dict() == config.to_dict()
+
+
+def test_only_keys_that_change_the_result_count_as_another_config():
+    old, new = configs.to_plain(tiny.get_config()), tiny.get_config()
+    new.mesh.fsdp = 4
+    new.loader.workers = 2
+    new.train.log_every = 7
+    assert configs.differing_keys(old, configs.to_plain(new)) == []
+    new.optimizer.b2 = 0.99
+    new.seed = 3
+    assert configs.differing_keys(old, configs.to_plain(new)) == ["optimizer.b2", "seed"]
