@@ -44,10 +44,11 @@ class ImageEncoder(nn.Module):
         pixels = normalize(image, config["mean"], config["std"], self.dtype)
         x = PatchEmbed(patch, size.width, self.dtype, name="patches")(pixels)
         grid = (image.shape[1] // patch, image.shape[2] // patch)
-        x = ImagePosition(config["position"], trained, name="positions")(x, grid)
-        if config["pooling"] == "cls":
+        class_token = config["pooling"] == "cls"
+        if class_token:
             token = self.param("class_token", nn.initializers.zeros, (1, size.width)).astype(x.dtype)
             x = jnp.concatenate([jnp.broadcast_to(token, (x.shape[0], 1, size.width)), x], axis=1)
+        x = ImagePosition(config["position"], trained, class_token, name="positions")(x, grid)
         x = Transformer(
             size.depth, size.heads, size.mlp_dim, config["remat"], config["unroll"], self.dtype, name="transformer"
         )(x)

@@ -33,21 +33,24 @@ def resize(
 
 
 class ImagePosition(nn.Module):
-    """Adds the embedding of each patch's place in the grid.
+    """Adds the embedding of each patch's place in the grid, and one of the class token where there is one.
 
     `grid` is the one that the parameters are made for; another grid at call time interpolates them.
     """
 
     kind: str
     grid: tuple[int, int]
+    class_token: bool = False
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "batch tokens width"], grid: tuple[int, int]
     ) -> Float[Array, "batch tokens width"]:
-        width = x.shape[-1]
+        width, first = x.shape[-1], int(self.class_token)
         if self.kind == "sincos2d":
-            return x + jnp.asarray(sincos_2d(grid, width), x.dtype)
-        init = nn.initializers.normal(width**-0.5)
-        table = self.param("position", init, (self.grid[0] * self.grid[1], width))
-        return x + resize(table, self.grid, grid).astype(x.dtype)
+            table = jnp.pad(sincos_2d(grid, width), ((first, 0), (0, 0)))
+        else:
+            init = nn.initializers.normal(width**-0.5)
+            table = self.param("position", init, (first + self.grid[0] * self.grid[1], width))
+            table = jnp.concatenate([table[:first], resize(table[first:], self.grid, grid)])
+        return x + table.astype(x.dtype)

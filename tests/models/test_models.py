@@ -1,0 +1,214 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.core import FrozenDict
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mmjax import config as configs
+from mmjax.errors import UserError
+from mmjax.models import flops, position, variants
+from mmjax.models.attention import Attention
+from mmjax.models.multimodal import ImageEncoder, MultimodalModel, tower_size
+from mmjax.models.patch import PatchEmbed
+from mmjax.models.pooling import Pool
+from mmjax.models.transformer import Transformer
+from tests import tiny
+
+KEY = jax.random.key(0)
+
+
+def image_tower(**fields):
+    return ImageEncoder(FrozenDict(configs.image_encoder(**fields).to_dict()))
+
+
+def parameter_count(module, *inputs):
+    return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(module.init, KEY, *inputs)))
+
+
+# Backbones with a class token at 224 pixels, without a classifier: the counts of timm's models
+# vit_{tiny,small,base}_patch16_224, vit_large_patch16_224, vit_huge_patch14, vit_giant_patch14 (pool='token').
+PUBLISHED = {
+    "Ti/16": 5_524_416,
+    "S/16": 21_665_664,
+    "B/16": 85_798_656,
+    "L/16": 303_301_632,
+    "H/14": 630_764_800,
+    "g/14": 1_011_202_432,
+}
+
+
+@pytest.mark.parametrize("variant", PUBLISHED)
+def test_parameter_counts_are_the_published_ones(mesh, variant):
+    tower = image_tower(variant=variant, pooling="cls")
+    assert parameter_count(tower, jnp.zeros((1, 224, 224, 3), jnp.uint8)) == PUBLISHED[variant]
+
+
+def test_so400m_with_attention_pooling_has_the_published_size(mesh):
+    """SigLIP So400m/14 at 224 pixels: 427.7 M parameters in the vision tower."""
+    tower = image_tower(variant="So400m/14", pooling="map")
+    count = parameter_count(tower, jnp.zeros((1, 224, 224, 3), jnp.uint8))
+    assert count == pytest.approx(427.7e6, rel=1e-3)
+
+
+def test_unknown_variants_are_refused():
+    for name in ("XL/16", "B/x", "B/0"):
+        with pytest.raises(UserError, match="variant"):
+            variants.parse(name)
+    assert variants.parse("B") == (variants.SIZES["B"], 0)
+
+
+def test_attention_is_the_textbook_formula(mesh):
+    """Softmax(QK'/sqrt(d))V with numpy, self and cross, with a mask."""
+    x, context = np.random.default_rng(0).normal(size=(2, 2, 5, 12)).astype(np.float32)
+    mask = np.random.default_rng(1).random((2, 1, 1, 5)) < 0.7
+    mask[..., 0] = True
+    module = Attention(heads=3)
+    for keys in (x, context):
+        params = module.init(KEY, x, keys, mask)
+        p = jax.tree.map(np.asarray, params["params"])
+
+        def heads(name, tokens, p=p):
+            return (tokens @ p[name]["kernel"] + p[name]["bias"]).reshape(2, 5, 3, 4).transpose(0, 2, 1, 3)
+
+        q, k, v = heads("query", x), heads("key", keys), heads("value", keys)
+        scores = np.where(mask, q @ k.transpose(0, 1, 3, 2) / 2, -np.inf)
+        weights = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
+        out = (weights @ v).transpose(0, 2, 1, 3).reshape(2, 5, 12) @ p["out"]["kernel"] + p["out"]["bias"]
+        np.testing.assert_allclose(module.apply(params, x, keys, mask), out, atol=1e-5)
+
+
+def test_scan_unroll_and_rematerialisation_change_neither_value_nor_gradient(mesh):
+    x = jax.random.normal(KEY, (2, 6, 16))
+    reference = Transformer(3, 2, 32)
+    params = reference.init(KEY, x)
+
+    def value_and_gradient(module):
+        return jax.jit(jax.value_and_grad(lambda p: (module.apply(p, x) ** 3).sum()))(params)
+
+    value, gradient = value_and_gradient(reference)
+    for settings_ in ({"unroll": 0}, {"unroll": 2}, *({"remat": name} for name in ("dots", "minimal", "full"))):
+        other_value, other_gradient = value_and_gradient(Transformer(3, 2, 32, **settings_))
+        np.testing.assert_allclose(other_value, value, rtol=1e-5)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), other_gradient, gradient)
+
+
+def test_full_rematerialisation_keeps_less(mesh):
+    x = jnp.zeros((64, 32, 64))
+
+    def temporary_bytes(remat):
+        module = Transformer(8, 4, 256, remat=remat)
+        params = jax.eval_shape(module.init, KEY, x)
+        step = jax.jit(jax.grad(lambda p: (module.apply(p, x) ** 2).sum()))
+        return step.lower(params).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary_bytes("full") < 0.6 * temporary_bytes("none")
+
+
+def test_patches_are_cut_row_by_row(mesh):
+    image = np.arange(4 * 6 * 3, dtype=np.float32).reshape(1, 4, 6, 3)
+    module = PatchEmbed(patch=2, width=12)
+    params = {"params": {"patch_embed": {"kernel": np.eye(12, dtype=np.float32), "bias": np.zeros(12, np.float32)}}}
+    tokens = module.apply(params, image)
+    assert tokens.shape == (1, 6, 12)
+    np.testing.assert_array_equal(tokens[0, 4], image[0, 2:4, 2:4].ravel())
+    with pytest.raises(ValueError, match="4x6 cannot be cut into patches of 4"):
+        PatchEmbed(patch=4, width=12).init(KEY, image)
+
+
+@given(rows=st.integers(1, 6), columns=st.integers(1, 6))
+@settings(deadline=None)
+def test_sincos_positions_are_distinct_and_of_one_norm(rows, columns):
+    table = position.sincos_2d((rows, columns), 16)
+    assert table.shape == (rows * columns, 16)
+    np.testing.assert_allclose((table**2).sum(axis=1), 8, rtol=1e-5)
+    assert len(np.unique(table.round(5), axis=0)) == rows * columns
+
+
+@pytest.mark.parametrize("kind", ["learned", "sincos2d"])
+@pytest.mark.parametrize("pooling, tokens", [("map", 12), ("cls", 13)])
+def test_a_model_runs_at_another_resolution(mesh, kind, pooling, tokens):
+    tower = image_tower(variant="Ti/16", depth=1, image_size=64, position=kind, pooling=pooling)
+    params = jax.jit(tower.init)(KEY, jnp.zeros((1, 64, 64, 3), jnp.uint8))
+    out = tower.apply(params, jnp.zeros((2, 96, 32, 3), jnp.uint8))
+    assert out["tokens"].shape == (2, tokens, 192) and out["pooled"].shape == (2, 192)
+
+
+def test_resized_positions_keep_what_is_smooth():
+    ramp = jnp.repeat(jnp.arange(4.0), 4)[:, None]
+    np.testing.assert_array_equal(position.resize(ramp, (4, 4), (4, 4)), ramp)
+    larger = position.resize(ramp, (4, 4), (8, 8)).reshape(8, 8)
+    np.testing.assert_allclose(larger[2:-2, 0], np.arange(0.75, 2.5, 0.5), atol=0.1)
+
+
+def test_poolings(mesh):
+    x = jax.random.normal(KEY, (2, 5, 8))
+    valid = jnp.array([[True] * 5, [True, True, False, False, False]])
+
+    def pool(kind, tokens=x, mask=None):
+        module = Pool(kind, 2, 16)
+        return module.apply(module.init(KEY, x), tokens, mask)
+
+    np.testing.assert_allclose(pool("mean"), x.mean(1), atol=1e-6)
+    np.testing.assert_allclose(pool("mean", mask=valid)[1], x[1, :2].mean(0), atol=1e-6)
+    np.testing.assert_array_equal(pool("cls"), x[:, 0])
+    np.testing.assert_array_equal(pool("last"), x[:, -1])
+    changed = x.at[1, 3].add(5.0)  # a token that the mask hides
+    np.testing.assert_allclose(pool("map", changed, valid), pool("map", x, valid), atol=1e-6)
+    assert np.abs(pool("map", changed) - pool("map"))[1].max() > 1e-3
+
+
+def model(**text):
+    config = tiny.get_config().model
+    config.encoders.text.update(text)
+    module = MultimodalModel(FrozenDict(config.to_dict()))
+    batch = {"image": jnp.zeros((2, 28, 28, 3), jnp.uint8), "text": jnp.ones((2, 8), jnp.int32)}
+    return module, jax.jit(module.init)(KEY, batch)
+
+
+def encode_text(module, params, rows):
+    return module.apply(params, "text", jnp.array(rows), method="encode")
+
+
+def test_masked_padding_does_not_reach_the_embedding(mesh):
+    module, params = model()
+    rows = [[5, 6, 7, 0, 0, 0, 0, 0]]
+    before = encode_text(module, params, rows)["embedding"]
+    table = params["params"]["text"]["embed"]["position"]
+    params["params"]["text"]["embed"]["position"] = table.at[4:].add(3.0)
+    np.testing.assert_allclose(encode_text(module, params, rows)["embedding"], before, atol=1e-6)
+
+
+def test_a_causal_tower_does_not_look_ahead(mesh):
+    module, params = model(causal=True)
+    one = encode_text(module, params, [[5, 6, 7, 8, 9, 1, 2, 3]])["tokens"]
+    two = encode_text(module, params, [[5, 6, 7, 8, 1, 2, 3, 4]])["tokens"]
+    np.testing.assert_allclose(one[0, :4], two[0, :4], atol=1e-6)
+    assert np.abs(one[0, 4:] - two[0, 4:]).max() > 1e-3
+
+
+def test_embeddings_have_unit_norm_and_the_scale_is_clamped(mesh):
+    module, params = model()
+    embedding = encode_text(module, params, [[5, 1, 0, 0, 0, 0, 0, 0], [9, 8, 1, 0, 0, 0, 0, 0]])["embedding"]
+    np.testing.assert_allclose((embedding**2).sum(-1), 1, rtol=1e-5)
+    assert module.apply(params, method="logits")["logit_scale"] == pytest.approx(10, rel=1e-5)
+    params["params"]["logit_scale"] = jnp.array(50.0)
+    assert module.apply(params, method="logits")["logit_scale"] == pytest.approx(100, rel=1e-5)
+
+
+def test_flops_agree_with_what_xla_counts(mesh):
+    """Matrix products dominate a wide tower, so the compiler's count of everything is close."""
+    encoder = configs.image_encoder(variant="Ti/16", depth=2, image_size=128, unroll=0)
+    tower = ImageEncoder(FrozenDict(encoder.to_dict()))
+    image = jnp.zeros((4, 128, 128, 3), jnp.uint8)
+    params = jax.eval_shape(tower.init, KEY, image)
+    counted = jax.jit(tower.apply).lower(params, image).compile().cost_analysis()["flops"] / 4
+    assert flops.tower_flops(encoder) == pytest.approx(counted, rel=0.1)
+    assert tower_size(encoder).depth == 2
+
+
+def test_peaks_are_found_by_the_names_that_devices_have():
+    assert flops.peak_flops("NVIDIA H100 80GB HBM3") == 989e12
+    assert flops.peak_flops("TPU v5 lite") == 197e12
+    assert flops.peak_flops("cpu") is None
