@@ -7,6 +7,7 @@
 It runs the evaluators of the run's own config and writes into WORKDIR/eval/: metrics.jsonl,
 TensorBoard events and pictures. It reads the run and changes nothing in it. With --follow it
 evaluates every new checkpoint until the run is finished; what it evaluated before, it skips.
+Exit codes: 0 done, 2 a mistake in the flags, 130 stopped by Ctrl-C.
 """
 
 import sys

@@ -38,7 +38,7 @@ def learning_rate_schedule(optimizer: ConfigDict, total_steps: int, warmup_steps
     decays = {
         "cosine": optax.cosine_decay_schedule(peak, total_steps - warmup_steps),
         "linear": optax.linear_schedule(peak, 0.0, total_steps - warmup_steps),
-        "rsqrt": lambda step: peak * jnp.sqrt(max(warmup_steps, 1) / (step + max(warmup_steps, 1))),
+        "rsqrt": lambda step: peak / jnp.sqrt(1 + jnp.maximum(step, 0) / max(warmup_steps, 1)),
         "constant": optax.constant_schedule(peak),
     }
     warmup = optax.linear_schedule(0.0, peak, warmup_steps)

@@ -1,0 +1,52 @@
+"""Two real processes of four devices each, against one process of eight."""
+
+import socket
+
+import pytest
+
+from mmjax.training.feedback import read_metrics
+from tests import programs
+
+ARGUMENTS = ("--config=tests/tiny.py:6", "--config.mesh.fsdp=2", "--config.train.checkpoint_every=3")
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def run_two(*arguments):
+    address = f"127.0.0.1:{free_port()}"
+    processes = [
+        programs.start(
+            "main",
+            *arguments,
+            devices=4,
+            JAX_COORDINATOR_ADDRESS=address,
+            JAX_NUM_PROCESSES="2",
+            JAX_PROCESS_ID=str(number),
+        )
+        for number in range(2)
+    ]
+    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    return outputs
+
+
+@pytest.mark.slow
+@pytest.mark.sharding
+def test_two_processes_train_and_evaluate_like_one(tmp_path, openmoji_folder):
+    code, output = programs.run("main", *ARGUMENTS, f"--workdir={tmp_path / 'one'}", devices=8)
+    assert code == 0, output
+    outputs = run_two(*ARGUMENTS, f"--workdir={tmp_path / 'two'}")
+    assert "Retrieval on held-out data" in outputs[0] and "Retrieval" not in outputs[1]
+    one, two = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
+    assert [line["step"] for line in one] == [line["step"] for line in two]
+    for a, b in zip(one, two, strict=True):
+        for name in a:
+            if name.startswith(("train/", "eval/")):
+                assert b[name] == pytest.approx(a[name], rel=1e-5, abs=1e-6), name
+    # The checkpoint of two processes is one process's too.
+    code, output = programs.run("main", *ARGUMENTS, f"--workdir={tmp_path / 'two'}", devices=8)
+    assert code == 0 and "is finished at step 6" in output

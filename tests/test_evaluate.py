@@ -1,0 +1,111 @@
+"""The separate eval loop, and the model that a run leaves behind."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import mmjax
+from mmjax.data import image as image_ops
+from mmjax.data.sources import open_source
+from mmjax.errors import UserError
+from mmjax.training.feedback import read_metrics
+from tests import programs
+
+ARGUMENTS = ("--config=tests/tiny.py:12", "--config.train.checkpoint_every=4", "--config.train.max_to_keep=5")
+
+
+@pytest.fixture(scope="module")
+def followed(tmp_path_factory, openmoji_folder):
+    """A run, and a follower that started before it."""
+    workdir = tmp_path_factory.mktemp("followed") / "run"
+    follower = programs.start("evaluate", f"--workdir={workdir}", "--follow")
+    code, output = programs.run("main", *ARGUMENTS, "--config.evaluators.test.every=4", f"--workdir={workdir}")
+    assert code == 0, output
+    followed, _ = follower.communicate(timeout=120)
+    assert follower.returncode == 0, followed
+    return workdir, followed
+
+
+@pytest.mark.slow
+def test_following_evaluates_every_checkpoint_as_the_trainer_does(followed):
+    workdir, output = followed
+    assert "the run is finished" in output
+    own = {line["step"]: line for line in read_metrics(workdir / "eval" / "metrics.jsonl")}
+    trainer = {line["step"]: line for line in read_metrics(workdir / "metrics.jsonl") if "train/loss" not in line}
+    assert sorted(own) == sorted(trainer) == [4, 8, 12]
+    for step, line in trainer.items():
+        metrics = {name: value for name, value in line.items() if name.startswith("eval/")}
+        assert metrics and metrics == {name: own[step][name] for name in metrics}
+    assert list((workdir / "eval").glob("events.out.tfevents*"))
+
+
+@pytest.mark.slow
+def test_following_again_has_nothing_to_do(followed):
+    workdir, _ = followed
+    before = (workdir / "eval" / "metrics.jsonl").read_bytes()
+    code, output = programs.run("evaluate", f"--workdir={workdir}", "--follow")
+    assert code == 0 and "evaluating" not in output
+    assert (workdir / "eval" / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.slow
+def test_one_step_is_evaluated_by_number(followed):
+    workdir, _ = followed
+    code, output = programs.run("evaluate", f"--workdir={workdir}", "--step=8")
+    assert code == 0 and "evaluating step 8" in output and "text to image" in output
+    code, output = programs.run("evaluate", f"--workdir={workdir}", "--step=9")
+    assert code == 2 and "no checkpoint of step 9; it has: 4, 8, 12" in output
+
+
+@pytest.mark.slow
+def test_a_run_is_loaded_and_used_in_five_lines(followed, tmp_path):
+    workdir, _ = followed
+    record = open_source("openmoji", "test")[0]
+    pixels = image_ops.decode(record["image"])
+    path = tmp_path / "emoji.png"
+    Image.fromarray(pixels).save(path)
+
+    model = mmjax.load(workdir)
+    images = model.encode_image([str(path), Image.open(path), pixels, path])
+    texts = model.encode_text(["a dog", record["captions"]["en"][0], "никогда не виденное слово"])
+    similarity = model.similarity(images, texts)
+
+    assert images.shape == (4, 16) and images.dtype == np.float32
+    for row in images[1:]:
+        np.testing.assert_array_equal(row, images[0])
+    np.testing.assert_allclose((texts**2).sum(axis=1), 1, rtol=1e-5)
+    assert similarity.shape == (4, 3) and ((similarity > 0) & (similarity < 1)).all()
+    learned = model.params["logit_scale"], model.params["logit_bias"]
+    logit = np.exp(learned[0]) * images[0] @ texts[1] + learned[1]
+    assert similarity[0, 1] == pytest.approx(1 / (1 + np.exp(-logit)), rel=1e-4)
+    assert model.encode_text([]).shape == (0, 16)
+    with pytest.raises(UserError, match="cannot read the image"):
+        model.encode_image(["/nowhere.png"])
+    (tmp_path / "text.png").write_text("no image")
+    with pytest.raises(UserError, match=r"text.png: 8 bytes cannot be decoded"):
+        model.encode_image([tmp_path / "text.png"])
+
+
+@pytest.mark.slow
+def test_batches_of_any_size_encode_the_same(followed):
+    model = mmjax.load(followed[0])
+    texts = [f"number {n}" for n in range(300)]
+    together = model.encode_text(texts)
+    np.testing.assert_allclose(together[290:], model.encode_text(texts[290:]), atol=1e-6)
+
+
+def test_a_softmax_model_gives_a_distribution_over_texts(tmp_path, openmoji_folder):
+    code, output = programs.run(
+        "main",
+        "--config=tests/tiny.py:2",
+        "--config.objectives.contrastive.kind=softmax",
+        "--config.optimizer.warmup=1",
+        f"--workdir={tmp_path}",
+    )
+    assert code == 0, output
+    model = mmjax.load(tmp_path)
+    similarity = model.similarity(model.encode_text(["x", "y"]), model.encode_text(["a", "b", "c"]))
+    np.testing.assert_allclose(similarity.sum(axis=1), 1, rtol=1e-5)
+    assert "eval/test/image_to_text_R@1" in json.loads((tmp_path / "result.json").read_text())["metrics"]
