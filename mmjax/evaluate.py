@@ -33,7 +33,10 @@ def main() -> int:
         raise UserError("--workdir is missing: the folder of the run")
     if _FOLLOW.value and _STEP.value is not None:
         raise UserError("--follow and --step exclude each other")
-    from mmjax import api, runtime
+    from mmjax import runtime
+
+    runtime.configure()
+    from mmjax import api
     from mmjax.evaluators import Evaluation
     from mmjax.training import feedback
     from mmjax.training.checkpoint import saved_steps
@@ -45,7 +48,6 @@ def main() -> int:
     config = api.load_config(workdir)
     if not config.evaluators:
         raise UserError(f"the config of {workdir} has no evaluators")
-    runtime.configure()
     evaluation = Evaluation(config.evaluators)
     folder = workdir / "eval"
     done = {line["step"] for line in feedback.read_metrics(folder / "metrics.jsonl")}

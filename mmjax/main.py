@@ -26,12 +26,13 @@ def main() -> int:
     """Trains as the flags say; returns the exit code."""
     if _CONFIG.value is None:
         raise UserError("--config is missing; for a start: --config=configs/quickstart.py")
-    from mmjax import runtime  # jax is imported after the flags are known to be right
+    from mmjax import runtime
+
+    runtime.configure()  # before jax is imported, which waits until the flags are known to be right
     from mmjax.sharding import distributed
+    from mmjax.training import loop
 
     distributed.initialize()
-    runtime.configure()
-    from mmjax.training import loop
 
     return loop.train(_CONFIG.value, Path(_WORKDIR.value or default_workdir(flags.FLAGS["config"].config_filename)))
 

@@ -1,30 +1,40 @@
-"""Process-wide settings that have to be made before jax computes anything."""
+"""Process-wide settings that have to be made before jax starts."""
 
 import ctypes
+import importlib.util
 import os
-
-import jax
+from importlib.metadata import entry_points
 
 # glibc's mallopt parameters (malloc.h).
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 
 
 def configure() -> None:
-    """Sets up the compilation cache and, where the CPU computes, the allocator and the vector width.
+    """Sets the compilation cache and, where the CPU computes, the allocator and the vector width.
 
-    Measured on two cores with the quickstart's model: a step takes 0.20 s with these settings and
-    0.28 s without (`benchmarks/cpu_settings.py`).
+    Call it before jax touches a device: memory pools and flags are fixed then.
+    `benchmarks/cpu_settings.py` measures what the CPU's settings are worth.
     """
-    from mmjax.data.openmoji import cache_root
-
-    jax.config.update("jax_compilation_cache_dir", str(cache_root() / "compiled"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
     # XLA uses 256-bit vectors by default, also where the CPU has 512-bit ones.
     flags = os.environ.get("XLA_FLAGS", "")
     if "xla_cpu_prefer_vector_width" not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_prefer_vector_width=512".strip()
-    if jax.default_backend() == "cpu":
+    if _computes_on_cpu():
         _keep_freed_memory()
+    import jax
+
+    from mmjax.data.openmoji import cache_root
+
+    jax.config.update("jax_compilation_cache_dir", str(cache_root() / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+
+
+def _computes_on_cpu() -> bool:
+    """Whether jax will find nothing but the CPU, asked without starting it."""
+    platforms = os.environ.get("JAX_PLATFORMS")
+    if platforms:
+        return platforms == "cpu"
+    return not entry_points(group="jax_plugins") and importlib.util.find_spec("libtpu") is None
 
 
 def _keep_freed_memory() -> None:

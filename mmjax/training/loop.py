@@ -39,6 +39,9 @@ def train(config: ConfigDict, workdir: Path) -> int:
         feedback.say(f"{workdir} is finished at step {start}; delete it or name another --workdir to train anew")
         _finish(setup, _last_evaluation(workdir), started)
         return 0
+    for name, entry in config.streams.items():
+        embedded = " (the data set that mmjax comes with)" if entry.source == "openmoji" else ""
+        feedback.say(f"stream {name}: {len(setup.sources[name]):,} records of {entry.source}{embedded}")
     with jax.set_mesh(setup.mesh), Checkpoints(workdir, config) as checkpoints, StopRequest() as stop:
         writer = feedback.MetricWriter(workdir, start)
         try:
