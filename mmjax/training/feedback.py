@@ -116,12 +116,15 @@ class Meter:
         self._start += seconds
 
     def read(self) -> dict[str, float]:
-        """The metrics since the last reading; starts anew."""
+        """The metrics since the last reading; starts anew. Without a step since then, no speed."""
+        metrics, self._first = self._first, {}
+        if not self._steps:
+            return metrics
         elapsed = max(time.perf_counter() - self._start, 1e-9)
         rate = self._examples / elapsed
-        metrics = {
+        metrics |= {
             "perf/examples_per_second": rate,
-            "perf/step_seconds": elapsed / max(self._steps, 1),
+            "perf/step_seconds": elapsed / self._steps,
             "perf/data_wait_fraction": self._waited / elapsed,
         }
         if self._peak:
@@ -129,8 +132,6 @@ class Meter:
         memory = jax.local_devices()[0].memory_stats() or {}
         if "peak_bytes_in_use" in memory:
             metrics["perf/peak_memory_gb"] = memory["peak_bytes_in_use"] / 1e9
-        metrics |= self._first
-        self._first = {}
         self._clear()
         return metrics
 
@@ -169,8 +170,13 @@ class TrainProgress:
 
     def report(self, step: int, metrics: Mapping[str, float]) -> None:
         """Shows the metrics after `step` steps."""
-        text = f"loss {metrics['train/loss']:.4f} · {metrics['perf/examples_per_second']:,.0f} examples/s"
-        text += f" · data wait {metrics['perf/data_wait_fraction']:.1%}"
+        text = f"loss {metrics['train/loss']:.4f}"
+        if "perf/first_step_seconds" in metrics:
+            text += f" · first step in {metrics['perf/first_step_seconds']:.1f} s"
+        if "perf/examples_per_second" in metrics:
+            rate = metrics["perf/examples_per_second"]
+            text += f" · {rate:,.0f} examples/s" if rate >= 10 else f" · {rate:.2g} examples/s"
+            text += f" · data wait {metrics['perf/data_wait_fraction']:.1%}"
         if "perf/mfu" in metrics:
             text += f" · MFU {metrics['perf/mfu']:.1%}"
         if self._bar:

@@ -84,10 +84,11 @@ def _loop(
             began = time.perf_counter()
             with jax.transfer_guard("disallow"):
                 state, metrics = setup.train_step(state, batch, objectives[stream])
-            if done == start + 1:
+            if done == start + 1:  # the one that compiles
                 jax.block_until_ready(metrics)
                 meter.restart(time.perf_counter() - began)
-            meter.step(sizes[stream])
+            else:
+                meter.step(sizes[stream])
             progress.advance(done)
             last = done == steps
             if done % config.train.log_every == 0 or last or stop.signal:

@@ -1,0 +1,66 @@
+"""How a benchmark reports: a table for the reader, one flat JSON object for programs.
+
+A metric is named `system/what_unit` or `task/system_over_peer`; its value is one number.
+"""
+
+import importlib.metadata
+import json
+import os
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+PACKAGES = {"jax": "jax", "flax": "flax", "torch": "torch", "open_clip": "open_clip_torch"}
+
+
+def print_table(metrics: Mapping[str, float], title: str | None = None) -> None:
+    """Prints one row for each metric, in the given order; a line where the part before the "/" changes."""
+    table = Table("metric", title=title)
+    table.add_column("value", justify="right")
+    group = None
+    for name, value in metrics.items():
+        if group not in (None, name.partition("/")[0]):
+            table.add_section()
+        group = name.partition("/")[0]
+        table.add_row(name, _readable(value))
+    Console(width=None if os.isatty(1) else 100).print(table)
+
+
+def write_json(path: str | Path, metrics: Mapping[str, float]) -> None:
+    """Writes {metric: number}, and under `environment` the machine and the versions.
+
+    Folders that are missing are made.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({**metrics, "environment": environment()}, indent=2) + "\n")
+
+
+def environment() -> dict[str, str | int]:
+    """The machine, its cores, Python, and the versions of those of `PACKAGES` that are installed."""
+    found = {"machine": _processor(), "cores": os.cpu_count() or 1, "python": platform.python_version()}
+    for name, distribution in PACKAGES.items():
+        try:
+            found[name] = importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _processor() -> str:
+    """The processor's name where the system tells it, else its architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{platform.system()} {platform.machine()} {names[0] if names else platform.processor()}".strip()
+
+
+def _readable(value: float) -> str:
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:,.1f}" if abs(value) >= 100 else f"{value:.3f}"

@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# Trains on a Cloud TPU VM, one host or a whole pod slice: the same command on every host.
+#
+#   launch/tpu_vm.sh NAME ZONE --config=configs/vit_b.py --workdir=/mnt/shared/vit_b
+#
+# NAME is a TPU VM that exists; what is checked out here is copied to each of its hosts. All
+# hosts write into --workdir, so it has to be on a file system that they share. Run it again after a
+# preemption: the run goes on from its last checkpoint.
+set -euo pipefail
+if [ $# -lt 3 ]; then
+  sed -n '2,8s/^# \{0,1\}//p' "$0" >&2
+  exit 2
+fi
+name=$1 zone=$2
+shift 2
+root=$(cd "$(dirname "$0")/.." && pwd)
+archive=$(mktemp)
+trap 'rm -f "$archive"' EXIT
+git -C "$root" archive --format=tar.gz -o "$archive" HEAD
+
+gcloud compute tpus tpu-vm scp "$archive" "$name:mmjax.tar.gz" --zone="$zone" --worker=all
+# %q quotes each argument for the remote shell.
+arguments=$(printf '%q ' "$@")
+gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker=all --command="
+  set -e
+  mkdir -p mmjax && tar -xzf mmjax.tar.gz -C mmjax && cd mmjax
+  python3 -m venv .venv && .venv/bin/pip install -q -e '.[tpu]'
+  .venv/bin/python -m mmjax.main $arguments"
