@@ -8,7 +8,8 @@ mmjax runs as a user runs it: `python -m mmjax.main --config=configs/quickstart.
 own and an empty workdir. The peer, open_clip, trains two towers of like size with its own model and its
 own sigmoid loss in another process; its images are decoded and resized before its clock starts, and a
 batch is one indexing operation, so its loader costs it nothing. The two alternate `--repeats` times,
-each time with another seed; the medians are reported. Nothing else should run on the machine.
+each time with another seed; the medians are reported. Nothing else may run on the machine: one more
+busy process can slow PyTorch's threads tenfold, and JAX's far less.
 
 The first run on a machine builds the data set and compiles; a later one finds both in the cache
 (`MMJAX_CACHE`), which shows in `quickstart/total_seconds`.
@@ -47,9 +48,10 @@ RECALLS = {
     "image_to_text_R@1": "eval/test/image_to_text_R@1",
     "all_text_to_image_R@5": "eval/everything/text_to_image_R@5",
 }
+NEEDED = {"open_clip": ("torch", "torchvision", "timm", "open_clip")}
 COMPARED = ("total_seconds", "train_seconds", "step_seconds")
 
-# The peer's recipe.
+# The peer's recipe: 1.3 M parameters.
 IMAGE_SIZE, PATCH_SIZE, WIDTH, MLP_RATIO = 48, 12, 128, 2.0
 TEXT_LENGTH, VOCAB_SIZE = 12, 4096
 BATCH_SIZE, STEPS, WARMUP = 256, 800, 80
@@ -63,13 +65,15 @@ def main() -> int:
     if arguments.only:
         print(json.dumps(PEERS[arguments.only](arguments)))
         return 0
-    for package in ("torch", *arguments.peers) if arguments.peers else ():
-        if importlib.util.find_spec(package) is None:
-            print(
-                f"error: {package} is not installed; benchmarks/quickstart.py says how, or use --peers=",
-                file=sys.stderr,
-            )
-            return 2
+    needed = [package for peer in arguments.peers for package in NEEDED[peer]]
+    if missing := [package for package in needed if importlib.util.find_spec(package) is None]:
+        print(
+            f"error: not installed: {', '.join(missing)}; see benchmarks/quickstart.py, or use --peers=",
+            file=sys.stderr,
+        )
+        return 2
+    if (load := os.getloadavg()[0]) > 0.5:
+        print(f"warning: load average {load:.1f}; on a busy machine the seconds mislead", file=sys.stderr)
     runs = []
     for seed in range(arguments.repeats):
         metrics = run_quickstart(arguments.steps, seed)
@@ -180,20 +184,9 @@ def open_clip_peer(arguments: argparse.Namespace) -> dict[str, float]:
     torch.manual_seed(arguments.seed)
     torch.set_num_threads(os.cpu_count() or 1)
     images, texts = load_openmoji()
-    steps, warmup = arguments.steps or STEPS, warmup_steps(arguments.steps or STEPS)
-    model = open_clip_model()
+    steps, model = arguments.steps or STEPS, open_clip_model()
     network = torch.compile(model) if arguments.compile else model
-    # As open_clip's own trainer: no decay of gains, biases and the logits' scale.
-    matrices = [value for value in model.parameters() if value.ndim >= 2]
-    others = [value for value in model.parameters() if value.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=BETAS, fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: (
-            (step + 1) / warmup if step < warmup else (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
-        ),
-    )
+    optimizer, schedule = open_clip_optimizer(model, steps)
     loss_function = open_clip.loss.SigLipLoss()
     windows = shifted_windows(images["train"])
     training_texts = torch.from_numpy(texts["train"]).long()
@@ -272,6 +265,23 @@ def open_clip_model():
     )
 
 
+def open_clip_optimizer(model, steps: int):
+    """AdamW as in open_clip's trainer (no decay of gains, biases and the logits' scale), and its schedule."""
+    import torch
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        return (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
+
+    warmup = warmup_steps(steps)
+    matrices = [value for value in model.parameters() if value.ndim >= 2]
+    others = [value for value in model.parameters() if value.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=BETAS, fused=True)
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
 def shifted_windows(images: np.ndarray):
     """Views of every image at every shift, on white: [records, 3, shifts, shifts, size, size]; copies nothing."""
     import torch
@@ -301,15 +311,10 @@ def open_clip_recalls(model, images: dict, texts: dict) -> dict[str, float]:
     owners = np.arange(len(gallery))
     own, drawings = owners[: len(captions)], gallery[: len(captions)]
     return {
-        "text_to_image_R@1": recall(ranks(captions, drawings, own, own), 1),
-        "image_to_text_R@1": recall(ranks(drawings, captions, own, own), 1),
-        "all_text_to_image_R@5": recall(ranks(captions, gallery, own, owners), 5),
+        "text_to_image_R@1": float((ranks(captions, drawings, own, own) < 1).mean()),
+        "image_to_text_R@1": float((ranks(drawings, captions, own, own) < 1).mean()),
+        "all_text_to_image_R@5": float((ranks(captions, gallery, own, owners) < 5).mean()),
     }
-
-
-def recall(found: np.ndarray, k: int) -> float:
-    """The share of ranks below `k`."""
-    return float((found < k).mean())
 
 
 PEERS = {"open_clip": open_clip_peer}

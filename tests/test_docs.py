@@ -19,7 +19,7 @@ def commands():
                 yield pytest.param(line, id=f"{page.name}: {line}")
 
 
-@pytest.mark.parametrize("line", commands())
+@pytest.mark.parametrize("line", list(commands()))
 def test_every_command_names_what_exists(line):
     for command in line.split("&&"):
         words = shlex.split(command)

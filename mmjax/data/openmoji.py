@@ -147,7 +147,8 @@ def _build(folder: Path, progress: Callable) -> None:
     held_out = hold_out(named, TEST_SIZE)
     packed = {split: [] for split in SPLITS}
     captions = {language: [] for language in LANGUAGES}
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    pool = ThreadPoolExecutor(os.cpu_count())
+    try:
         images = pool.map(_render, (path for path, _ in named.values()))
         for (key, (_, names)), image in progress(zip(named.items(), images, strict=True), len(named)):
             split = "test" if key in held_out else "train"
@@ -156,6 +157,8 @@ def _build(folder: Path, progress: Callable) -> None:
             if split == "train":
                 for language, name in names.items():
                     captions[language].append(name)
+    finally:
+        pool.shutdown(cancel_futures=True)  # an interrupt does not wait for the drawings still queued
     for split in SPLITS:
         records.write(folder / f"{split}.array_record", packed[split])
     for name, vocab_size in VOCAB_SIZES.items():
