@@ -135,7 +135,7 @@ def training_seconds(lines: list[dict]) -> dict[str, float]:
     step, which it names apart, but not the step itself.
     """
     first, last = lines[0], lines[-1]
-    spans = np.diff([0, *(line["step"] for line in lines)])
+    spans = np.diff([1, *(line["step"] for line in lines)])
     stepping = [span * line["perf/step_seconds"] for span, line in zip(spans, lines, strict=True)]
     return {
         "train_seconds": first["perf/first_step_seconds"] + stepping[0] + last["time"] - first["time"],

@@ -98,7 +98,7 @@ class Meter:
         self._examples += examples
 
     def wait(self, seconds: float) -> None:
-        """Counts time that the loop waited for the host's data."""
+        """Counts time in which the devices waited for data."""
         self._waited += seconds
 
     def restart(self, compile_seconds: float) -> None:

@@ -3,7 +3,7 @@
 import json
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import jax
@@ -77,10 +77,15 @@ def _loop(
     evaluation = Evaluation(config.evaluators)
     model = api.Model(config, state.params, setup.tokenizer, setup.mesh)
     tokenizer, evaluated = setup.tokenizer.to_json(), {}
-    batches = distributed.prefetch(_on_devices(setup, start, meter := _meter(config)))
+    meter = feedback.Meter(train_flops(config.model), peak_flops(jax.devices()[0].device_kind))
+    batches = distributed.prefetch(_on_devices(setup, start))
+    metrics = {}
     with feedback.TrainProgress(start, steps) as progress:
         for done in range(start + 1, steps + 1):
+            began = time.perf_counter()
             stream, batch = next(batches)
+            if all(value.is_ready() for value in metrics.values()):  # the devices had nothing else to do
+                meter.wait(time.perf_counter() - began)
             began = time.perf_counter()
             with jax.transfer_guard("disallow"):
                 state, metrics = setup.train_step(state, batch, objectives[stream])
@@ -109,22 +114,12 @@ def _loop(
     return steps, evaluated
 
 
-def _on_devices(setup: Setup, start: int, meter: feedback.Meter):
-    """Yields (stream, global batch on the devices); tells the meter how long the host's data took."""
+def _on_devices(setup: Setup, start: int) -> Iterator[tuple[str, dict[str, jax.Array]]]:
+    """Yields (stream, global batch on the devices) for every step from `start`."""
     sharding, entries = batch_sharding(setup.mesh), setup.config.streams
     batches = pipeline.train_batches(setup.config, setup.sources, setup.tokenizer, setup.rows, start, setup.steps)
-    while True:
-        began = time.perf_counter()
-        drawn = next(batches, None)
-        meter.wait(time.perf_counter() - began)
-        if drawn is None:
-            return
-        stream, batch = drawn
+    for stream, batch in batches:
         yield stream, distributed.to_devices(batch, setup.rows[stream], sharding, entries[stream].batch_size)
-
-
-def _meter(config: ConfigDict) -> feedback.Meter:
-    return feedback.Meter(train_flops(config.model), peak_flops(jax.devices()[0].device_kind))
 
 
 def _last_evaluation(workdir: Path) -> dict[str, float]:
