@@ -131,8 +131,8 @@ def training_seconds(lines: list[dict]) -> dict[str, float]:
     """The seconds of training, from the reports in `metrics.jsonl`.
 
     A report's `perf/step_seconds` is the time since the report before it, less evaluations and
-    checkpoints, divided by the steps since then. The first report leaves out the time of the first
-    step, which it names apart, but not the step itself.
+    checkpoints, divided by the steps since then. The first report leaves the first step out and
+    names its time apart.
     """
     first, last = lines[0], lines[-1]
     spans = np.diff([1, *(line["step"] for line in lines)])

@@ -165,6 +165,8 @@ def load_config(workdir: str | Path) -> ConfigDict:
         return from_plain(json.loads(path.read_text()))
     except OSError as error:
         raise UserError(f"{workdir} is no workdir of a run: cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {error}") from error
 
 
 def init_params(config: ConfigDict, module: MultimodalModel) -> PyTree:

@@ -63,7 +63,9 @@ def _own_flags() -> dict[str, flags.Flag]:
 
 def _parse(argv: list[str]) -> None:
     """Parses absl flags; checks `--config` and its overrides first, for errors a reader understands."""
-    recipe = next((arg.partition("=")[2] for arg in argv[1:] if re.match(r"--?config=", arg)), None)
+    recipes = [arg.partition("=")[2] for arg in argv[1:] if re.match(r"--?config=", arg)]
+    recipes += [argv[i + 1] for i, arg in enumerate(argv[:-1]) if re.fullmatch("--?config", arg)]
+    recipe = recipes[0] if recipes else None
     if recipe is not None:
         config = load_recipe(recipe)
         for arg in argv[1:]:

@@ -7,6 +7,8 @@ from tests import programs
 TINY = "--config=tests/tiny.py"
 MISTAKES = [
     ((TINY, "--config.optimzer.lr=1"), 'unknown key config.optimzer.lr: no "optimzer"; did you mean "optimizer"?'),
+    (("--config", "tests/tiny.py", "--config.optimzer.lr=1"), 'did you mean "optimizer"?'),
+    ((TINY, "--noconfig.seeds"), 'unknown key config.seeds: no "seeds"; did you mean "seed"?'),
     ((TINY, "--config.optimizer.learning_rate=fast"), "config.optimizer.learning_rate"),
     ((TINY, "--config.train.steps=2.5"), "config.train.steps"),
     ((TINY, "--config.streams.train.batch_size=10", "--config.mesh.data=4"), "mesh.data=4"),
@@ -37,6 +39,12 @@ def test_a_workdir_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
     code, output = programs.run("main", TINY, f"--workdir={tmp_path / 'file' / 'run'}")
     assert code == 2 and "error: cannot write into the workdir" in output and "Traceback" not in output
+
+
+def test_a_damaged_config_is_named(tmp_path):
+    (tmp_path / "config.json").write_text('{"seed": ')
+    code, output = programs.run("evaluate", f"--workdir={tmp_path}")
+    assert code == 2 and "config.json is damaged" in output and "Traceback" not in output
 
 
 def test_debug_shows_the_traceback(tmp_path):

@@ -100,12 +100,13 @@ def prepare(progress: Callable[[Iterable, int], Iterable] = lambda items, total:
         ) from error
     try:
         _build(temporary, progress)
-        shutil.rmtree(folder, ignore_errors=True)  # there, but incomplete or damaged
-        try:
-            temporary.rename(folder)
-        except OSError:
-            if not is_complete(folder):  # another process may have built it meanwhile
-                raise
+        if not is_complete(folder):  # another process may have built it meanwhile
+            shutil.rmtree(folder, ignore_errors=True)  # there, but damaged
+            try:
+                temporary.rename(folder)
+            except OSError:
+                if not is_complete(folder):
+                    raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder
