@@ -24,5 +24,6 @@ arguments=$(printf '%q ' "$@")
 gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker=all --command="
   set -e
   mkdir -p mmjax && tar -xzf mmjax.tar.gz -C mmjax && cd mmjax
-  python3 -m venv .venv && .venv/bin/pip install -q -e '.[tpu]'
+  python=\$(command -v python3.13 || command -v python3.12 || command -v python3.11 || command -v python3)
+  \$python -m venv .venv && .venv/bin/pip install -q -e '.[tpu]'
   .venv/bin/python -m mmjax.main $arguments"

@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Float, PyTree
 from ml_collections import ConfigDict
+from PIL import Image
 
 from mmjax.config import from_plain
 from mmjax.data import image as image_ops
@@ -66,7 +67,7 @@ class Model:
         """Encodes file paths, PIL images, or uint8 arrays [height, width, 3] of any size.
 
         Raises:
-          UserError: a file is missing or is no image.
+          UserError: a file is missing or is no image, or an array has another shape or type.
         """
         size = self.config.model.encoders.image.image_size
 
@@ -184,6 +185,10 @@ def init_params(config: ConfigDict, module: MultimodalModel) -> PyTree:
 def _pixels(image: Any) -> np.ndarray:
     if isinstance(image, str | Path):
         return image_ops.load_file(str(image))
-    if hasattr(image, "convert"):  # a PIL image
-        return np.asarray(image.convert("RGB"))
-    return np.asarray(image)
+    if isinstance(image, Image.Image):
+        rgba = image.convert("RGBA")
+        return np.asarray(Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB"))
+    pixels = np.asarray(image)
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
+        raise UserError(f"an image array is uint8 [height, width, 3], not {pixels.dtype} {list(pixels.shape)}")
+    return pixels

@@ -273,8 +273,12 @@ def _check_model(config: ConfigDict) -> None:
     missing = {"image", "text"} - set(config.model.encoders)
     if missing:  # every objective and evaluator that there is compares the two
         raise UserError(f"missing key config.model.encoders.{sorted(missing)[0]}: contrastive training needs it")
+    _at_least(config, "model.embed_dim", 1)
+    if config.model.logit_scale <= 0:
+        raise UserError(f"config.model.logit_scale: {config.model.logit_scale} is not positive")
     for name, encoder in config.model.encoders.items():
         key = f"model.encoders.{name}"
+        _at_least(config, f"{key}.unroll", 0)
         try:
             patch = variants.parse(encoder.variant)[1]
         except UserError as error:
@@ -313,8 +317,25 @@ def _check_training(config: ConfigDict) -> None:
         _at_least(config, key, low)
     if not 0 <= config.train.ema_decay < 1:
         raise UserError(f"config.train.ema_decay: {config.train.ema_decay} is not in [0, 1)")
+    _at_least(config, "seed", 0)
+    for key in ("b1", "b2"):
+        if not 0 <= config.optimizer[key] < 1:
+            raise UserError(f"config.optimizer.{key}: {config.optimizer[key]} is not in [0, 1)")
+    best = config.train.best_metric.split("/")
+    if best != [""] and (len(best) != 3 or best[0] != "eval" or best[1] not in config.evaluators):
+        raise UserError(
+            f'config.train.best_metric: "{config.train.best_metric}" is not eval/EVALUATOR/METRIC; '
+            f"evaluators: {', '.join(config.evaluators) or 'none'}"
+        )
+    for name in config.evaluators:
+        _at_least(config, f"evaluators.{name}.every", 0)
+        _at_least(config, f"evaluators.{name}.batch_size", 1)
     for name, entry in config.streams.items():
         _at_least(config, f"streams.{name}.batch_size", 1)
+        if not entry.preprocess.languages:
+            raise UserError(f"config.streams.{name}.preprocess.languages: name at least one")
+        if not 0 <= entry.preprocess.mirror <= 1:
+            raise UserError(f"config.streams.{name}.preprocess.mirror: {entry.preprocess.mirror} is not in [0, 1]")
         if entry.weight <= 0:
             raise UserError(f"config.streams.{name}.weight: {entry.weight} is not positive")
         if not 0 < entry.preprocess.crop_min_area <= 1:

@@ -10,6 +10,7 @@ evaluates every new checkpoint until the run is finished; what it evaluated befo
 Exit codes: 0 done, 2 a mistake in the flags, 130 stopped by Ctrl-C.
 """
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -35,6 +36,7 @@ def main() -> int:
         raise UserError("--follow and --step exclude each other")
     from mmjax import runtime
 
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a trainer may be on the same device
     runtime.configure()
     from mmjax import api
     from mmjax.evaluators import Evaluation
@@ -73,7 +75,9 @@ def main() -> int:
                 done.add(step)
                 try:
                     loaded = api.load(workdir, step)
-                except (FileNotFoundError, UserError):
+                except (OSError, ValueError):
+                    if step in saved_steps(workdir):
+                        raise
                     feedback.say(f"step {step} was removed before it could be read: skipped")
                     continue
                 model = loaded if model is None else model.with_params(loaded.params, step)

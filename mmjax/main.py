@@ -26,6 +26,8 @@ def main() -> int:
     """Trains as the flags say; returns the exit code."""
     if _CONFIG.value is None:
         raise UserError("--config is missing; for a start: --config=configs/quickstart.py")
+    if "://" in (_WORKDIR.value or ""):
+        raise UserError(f"--workdir={_WORKDIR.value}: only folders of a file system that is mounted here")
     from mmjax import runtime
 
     runtime.configure()  # before jax is imported, which waits until the flags are known to be right

@@ -42,6 +42,10 @@ MISTAKES = [
     (lambda c: c.train.__setattr__("steps", -1), "set exactly one of steps, examples, epochs"),
     (lambda c: c.optimizer.__setattr__("rules", (("(", 1.0, 1.0),)), "config.optimizer.rules"),
     (lambda c: c.streams.train.preprocess.__setattr__("crop_min_area", 0.0), "crop_min_area: not in (0, 1]"),
+    (lambda c: c.__setattr__("seed", -1), "config.seed: -1 is less than 0"),
+    (lambda c: c.train.__setattr__("best_metric", "eval/nope/R@1"), '"eval/nope/R@1" is not eval/EVALUATOR/METRIC'),
+    (lambda c: c.model.__setattr__("logit_scale", 0.0), "config.model.logit_scale: 0.0 is not positive"),
+    (lambda c: c.streams.train.preprocess.__setattr__("languages", ()), "languages: name at least one"),
     (lambda c: c.evaluators.test.__setattr__("batch_size", 81), "config.evaluators.test.batch_size: 81"),
 ]
 

@@ -80,6 +80,12 @@ def test_a_run_is_loaded_and_used_in_five_lines(followed, tmp_path):
     learned = model.params["logit_scale"], model.params["logit_bias"]
     logit = np.exp(learned[0]) * images[0] @ texts[1] + learned[1]
     assert similarity[0, 1] == pytest.approx(1 / (1 + np.exp(-logit)), rel=1e-4)
+    clear = Image.new("RGBA", (9, 9), (200, 0, 0, 0))
+    clear.save(tmp_path / "clear.png")  # transparency is white, whichever way the image comes
+    both = model.encode_image([clear, tmp_path / "clear.png", np.full((9, 9, 3), 255, np.uint8)])
+    assert (both[0] == both[1]).all() and (both[0] == both[2]).all()
+    with pytest.raises(UserError, match="uint8"):
+        model.encode_image([pixels / 255])
     assert model.encode_text([]).shape == (0, 16)
     with pytest.raises(UserError, match="cannot read the image"):
         model.encode_image(["/nowhere.png"])

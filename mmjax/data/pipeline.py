@@ -35,7 +35,7 @@ class TrainExample:
 
     def __call__(self, record: dict, rng: np.random.Generator) -> Batch:
         """`image` uint8 [size, size, 3] and `text` int32 [length]; all choices come from `rng`."""
-        pixels = record["pixels"] if "pixels" in record else image.decode(record["image"])
+        pixels = record["pixels"] if "pixels" in record else decode_image(record)
         pixels = image.random_resized_crop(pixels, self.image_size, self.crop_min_area, self.crop_max_aspect, rng)
         if rng.random() < self.mirror and record["mirror"]:
             pixels = image.mirror(pixels)
@@ -56,8 +56,20 @@ class DecodedInMemory:
     def __getitem__(self, index: int) -> dict:
         if index not in self._records:
             record = self._source[index]
-            self._records[index] = record | {"pixels": image.decode(record["image"])}
+            self._records[index] = record | {"pixels": decode_image(record)}
         return self._records[index]
+
+
+def decode_image(record: dict) -> image.Pixels:
+    """The record's pixels.
+
+    Raises:
+      UserError: they cannot be decoded; the message names the record.
+    """
+    try:
+        return image.decode(record["image"])
+    except UserError as error:
+        raise UserError(f"record {record['key']}: {error}") from None
 
 
 def captions_of(record: dict, languages: Sequence[str]) -> list[str]:
@@ -170,5 +182,5 @@ def _iterate(dataset: grain.MapDataset, loader: ConfigDict) -> Iterator[Batch]:
 
 def evaluation_images(source: Source, image_size: int, indices: Sequence[int]) -> np.ndarray:
     """Records' images for evaluation, squashed to a square: uint8 [len(indices), size, size, 3]."""
-    pixels = [image.resize(image.decode(source[int(index)]["image"]), image_size) for index in indices]
+    pixels = [image.resize(decode_image(source[int(index)]), image_size) for index in indices]
     return np.stack(pixels) if pixels else np.zeros((0, image_size, image_size, 3), np.uint8)

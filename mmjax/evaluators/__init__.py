@@ -1,6 +1,6 @@
 """Evaluators by name.
 
-An evaluator is made from its entry in `config.evaluators`; `evaluate(model, picture)` yields
+An evaluator is made from its entry in `config.evaluators`; `open()` checks its data; `evaluate(model, picture)` yields
 `(metric name, value)` and may draw a picture to that path. It reads the model only through
 `mmjax.api.Model`. A new one is a file here and a line below.
 """
@@ -8,18 +8,30 @@ An evaluator is made from its entry in `config.evaluators`; `evaluate(model, pic
 from collections.abc import Mapping
 from pathlib import Path
 
+import jax
+
 from mmjax.api import Model
+from mmjax.errors import UserError
 from mmjax.evaluators.retrieval import Retrieval
 
 EVALUATORS = {"retrieval": Retrieval}
 
 
 class Evaluation:
-    """All evaluators of a config, their data opened on first use and kept."""
+    """All evaluators of a config, their data opened.
+
+    Raises:
+      UserError: an evaluator's data will not do; the message names its key.
+    """
 
     def __init__(self, entries: Mapping):
         self._entries = entries
-        self._made = {}
+        self._made = {name: EVALUATORS[entry.kind](entry) for name, entry in entries.items()}
+        for name, evaluator in self._made.items():
+            try:
+                evaluator.open()
+            except UserError as error:
+                raise UserError(f"config.evaluators.{name}: {error}") from error
 
     def due(self, step: int, last: bool) -> list[str]:
         """The evaluators that run at this step: every `every` steps, and all at the end."""
@@ -35,9 +47,7 @@ class Evaluation:
         """
         metrics = {}
         for name in names:
-            if name not in self._made:
-                self._made[name] = EVALUATORS[self._entries[name].kind](self._entries[name])
-            picture = pictures / f"{name}-{model.step:08d}.png"
+            picture = pictures / f"{name}-{model.step:08d}.png" if jax.process_index() == 0 else None
             for metric, value in self._made[name].evaluate(model, picture):
                 metrics[f"eval/{name}/{metric}"] = value
         return metrics

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from mmjax.api import Model
 from mmjax.data.pipeline import captions_of, evaluation_images
 from mmjax.data.sources import open_source
+from mmjax.errors import UserError
 from mmjax.evaluators import contact_sheet
 
 RECALLS = (1, 5, 10)
@@ -27,8 +28,8 @@ def ranks(
     """The rank (0 is first) of the best item with the query's owner.
 
     It is the number of other owners' items that score at least as high: a tie counts against the
-    model, so equal embeddings earn nothing. Scores are computed in chunks; the whole matrix is never
-    held. Every query's owner needs an item.
+    model, so equal embeddings earn nothing, and neither do NaNs. Scores are computed in chunks; the
+    whole matrix is never held. Every query's owner needs an item.
     """
     result = np.zeros(len(queries), np.int64)
     for first in range(0, len(queries), CHUNK):
@@ -44,7 +45,7 @@ def ranks(
             columns = slice(second, second + CHUNK)
             scores = queries[rows] @ gallery[columns].T  # the same product again: bit for bit the same
             other = owners != item_owners[None, columns]
-            result[rows] += ((scores >= best[:, None]) & other).sum(axis=1)
+            result[rows] += (~(scores < best[:, None]) & other).sum(axis=1)
     return result
 
 
@@ -67,6 +68,24 @@ class Retrieval:
         split = self._entry.gallery_split
         return open_source(self._entry.source, split) if split else self._queries
 
+    def open(self) -> None:
+        """Opens the data and checks it.
+
+        Raises:
+          UserError: it is missing, lacks a language, or the gallery lacks an image of the captions.
+        """
+        missing = set(self._captions[1]) - self._numbers.keys()
+        if missing:
+            raise UserError(
+                f'split "{self._entry.gallery_split}" lacks {len(missing)} images of split "{self._entry.split}": '
+                f"{min(missing)}, ..."
+            )
+
+    @cached_property
+    def _numbers(self) -> dict[str, int]:
+        """The place of each key in the gallery."""
+        return {self._gallery[index]["key"]: index for index in range(len(self._gallery))}
+
     @cached_property
     def _captions(self) -> tuple[list[str], list[str]]:
         """All captions, and for each the key of the record that it belongs to."""
@@ -88,8 +107,7 @@ class Retrieval:
         images = model.encode_rows(
             "image", len(gallery), lambda rows: evaluation_images(gallery, size, rows), entry.batch_size
         )
-        numbers = {gallery[index]["key"]: index for index in range(len(gallery))}
-        text_owners = np.array([numbers[key] for key in caption_keys])
+        text_owners = np.array([self._numbers[key] for key in caption_keys])
         image_owners = np.arange(len(gallery))
         yield from _summary("text_to_image", ranks(texts, images, text_owners, image_owners))
         if not entry.gallery_split:

@@ -35,9 +35,10 @@ class Attention(nn.Module):
             return constrain(split, "batch", "sequence", "heads", None)
 
         query, key, value = project("query", x), project("key", context), project("value", context)
-        attended = jax.nn.dot_product_attention(
-            query, key, value, mask=mask, implementation=implementation(query, key, mask)
-        )
+        chosen = implementation(query, key, mask)
+        if chosen == "cudnn" and mask is not None:  # it takes no mask that is to be broadcast over the queries
+            mask = jnp.broadcast_to(mask, (*mask.shape[:2], query.shape[1], key.shape[1]))
+        attended = jax.nn.dot_product_attention(query, key, value, mask=mask, implementation=chosen)
         merged = constrain(attended.reshape(x.shape), "batch", "sequence", "heads")
         out = nn.Dense(width, dtype=self.dtype, kernel_init=nn.initializers.xavier_uniform(), name="out")(merged)
         return constrain(out, "batch", "sequence", "embed")

@@ -18,7 +18,7 @@ def initialize() -> None:
     JAX_NUM_PROCESSES and JAX_PROCESS_ID are set. Call it before any other use of jax.
     """
     environment = os.environ
-    if "JAX_COORDINATOR_ADDRESS" in environment:
+    if {"JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"} <= environment.keys():
         jax.distributed.initialize(
             environment["JAX_COORDINATOR_ADDRESS"],
             int(environment["JAX_NUM_PROCESSES"]),
@@ -26,7 +26,7 @@ def initialize() -> None:
         )
         return
     tpu_hosts = environment.get("TPU_WORKER_HOSTNAMES", "").split(",")
-    tasks = max(int(environment.get(name, 1)) for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"))
+    tasks = max(int(environment.get(name, 1)) for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"))
     if len(tpu_hosts) > 1 or tasks > 1 or environment.get("MEGASCALE_COORDINATOR_ADDRESS"):
         jax.distributed.initialize()
 

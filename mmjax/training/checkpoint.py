@@ -33,22 +33,27 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: str | Path, config: ConfigDict, read_only: bool = False):
+        self._config, self._best = config, config.train.best_metric
+        self._worst = float("-inf" if config.train.best_mode == "max" else "inf")
         train = config.train
         policies = [LatestN(train.max_to_keep)]
         if train.best_metric:
             # Without the metric a checkpoint is not a candidate; LatestN still keeps the new ones.
             policies.append(
                 BestN(
-                    get_metric_fn=lambda metrics: metrics[train.best_metric],
+                    get_metric_fn=self._best_value,
                     reverse=train.best_mode == "min",
                     n=1,
                     keep_checkpoints_without_metrics=False,
                 )
             )
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=AnyPreservationPolicy(policies), create=not read_only, read_only=read_only
+            preservation_policy=AnyPreservationPolicy(policies),
+            best_fn=self._best_value if train.best_metric else None,  # without one, metrics are not saved
+            best_mode=train.best_mode,
+            create=not read_only,
+            read_only=read_only,
         )
-        self._config, self._best = config, train.best_metric
         path = Path(workdir).absolute() / FOLDER
         self._manager = ocp.CheckpointManager(path, options=options, item_names=ITEMS)
 
@@ -58,6 +63,9 @@ class Checkpoints:
     def __exit__(self, *exception) -> None:
         """Waits for what is being saved, and ends the background threads."""
         self._manager.close()
+
+    def _best_value(self, metrics: Mapping[str, float]) -> float:
+        return metrics.get(self._best, self._worst)
 
     def save(self, state: TrainState, tokenizer: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
         """Starts to save the state; training goes on meanwhile.

@@ -44,8 +44,7 @@ class MetricWriter:
 
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
-        if resumed_step is not None:
-            _keep_until(path, resumed_step)
+        _keep_until(path, resumed_step)
         self._file = path.open("a")
         purge = {} if resumed_step is None else {"purge_step": resumed_step + 1}
         self._events = SummaryWriter(str(folder), **purge)
@@ -67,18 +66,19 @@ class MetricWriter:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The lines of a `metrics.jsonl`; a last line that a kill cut short is dropped."""
+    """The lines of a `metrics.jsonl`; a line that a kill cut short is dropped."""
     lines = []
     for line in path.read_text().splitlines() if path.exists() else ():
         try:
             lines.append(json.loads(line))
         except ValueError:
-            break
+            continue
     return lines
 
 
-def _keep_until(path: Path, step: int) -> None:
-    kept = [line for line in read_metrics(path) if line["step"] <= step]
+def _keep_until(path: Path, step: int | None) -> None:
+    """Drops the lines after `step` (None: none of them), and those that a kill cut short."""
+    kept = [line for line in read_metrics(path) if step is None or line["step"] <= step]
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
     os.replace(temporary, path)

@@ -7,11 +7,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from mmjax import api
 from mmjax.data import pipeline
-from mmjax.evaluators import Evaluation
 from mmjax.models.flops import peak_flops, train_flops
 from mmjax.sharding import distributed
 from mmjax.sharding.rules import batch_sharding
@@ -42,6 +43,8 @@ def train(config: ConfigDict, workdir: Path) -> int:
     for name, entry in config.streams.items():
         embedded = " (the data set that mmjax comes with)" if entry.source == "openmoji" else ""
         feedback.say(f"stream {name}: {len(setup.sources[name]):,} records of {entry.source}{embedded}")
+    if not start and jax.process_index() == 0:
+        (workdir / RESULT).unlink(missing_ok=True)
     with jax.set_mesh(setup.mesh), Checkpoints(workdir, config) as checkpoints, StopRequest() as stop:
         writer = feedback.MetricWriter(workdir, start)
         try:
@@ -74,7 +77,6 @@ def _loop(
     config, steps = setup.config, setup.steps
     objectives = {name: tuple(entry.objectives or config.objectives) for name, entry in config.streams.items()}
     sizes = {name: entry.batch_size for name, entry in config.streams.items()}
-    evaluation = Evaluation(config.evaluators)
     model = api.Model(config, state.params, setup.tokenizer, setup.mesh)
     tokenizer, evaluated = setup.tokenizer.to_json(), {}
     meter = feedback.Meter(train_flops(config.model), peak_flops(jax.devices()[0].device_kind))
@@ -95,21 +97,22 @@ def _loop(
             else:
                 meter.step(sizes[stream])
             progress.advance(done)
-            last = done == steps
-            if done % config.train.log_every == 0 or last or stop.signal:
+            last, logs = done == steps, done % config.train.log_every == 0
+            stopping = stop.agreed(logs)
+            if logs or last or stopping:
                 report = {name: float(value) for name, value in jax.device_get(metrics).items()} | meter.read()
                 writer.write(done, report)
                 progress.report(done, report)
             paused = time.perf_counter()
             results = {}
-            if due := evaluation.due(done, last):
+            if due := setup.evaluation.due(done, last):
                 current = model.with_params(state.ema if config.train.ema_decay else state.params, done)
-                results = evaluated = evaluation.run(due, current, setup.workdir / "pictures")
+                results = evaluated = setup.evaluation.run(due, current, setup.workdir / "pictures")
                 writer.write(done, results)
-            if done % config.train.checkpoint_every == 0 or last or stop.signal:
+            if done % config.train.checkpoint_every == 0 or last or stopping:
                 checkpoints.save(state, tokenizer, results)
             meter.pause(time.perf_counter() - paused)
-            if stop.signal:
+            if stopping:
                 return done, evaluated
     return steps, evaluated
 
@@ -135,7 +138,7 @@ def _finish(setup: Setup, evaluated: Mapping[str, float], started: float) -> Non
         return
     if not (workdir / RESULT).exists():
         result = {"step": setup.steps, "seconds": round(time.time() - started, 1), "metrics": dict(evaluated)}
-        write_atomically(workdir / RESULT, json.dumps(result, indent=2) + "\n")
+        write_atomically(workdir / RESULT, (json.dumps(result, indent=2) + "\n").encode())
     feedback.show_evaluation(evaluated)
     pictures = sorted((workdir / "pictures").glob(f"*-{setup.steps:08d}.png"))
     places = {
@@ -164,8 +167,20 @@ class StopRequest:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    def agreed(self, ask: bool) -> int:
+        """The signal to stop for after this step, or 0; the same in every process.
+
+        Several processes tell each other where `ask` is true, so that they stop at the same step.
+        """
+        if jax.process_count() == 1:
+            return self.signal
+        if ask:
+            self.signal = int(multihost_utils.process_allgather(np.int32(self.signal)).max())
+            return self.signal
+        return 0
+
     def _note(self, number: int, frame) -> None:
         self.signal = number
         for each, handler in self._before.items():
             signal.signal(each, handler)
-        feedback.say(f"{signal.Signals(number).name}: stopping after this step; once more stops at once")
+        feedback.say(f"{signal.Signals(number).name}: stopping with a checkpoint; once more stops at once")

@@ -18,6 +18,7 @@ from mmjax import api
 from mmjax import config as configs
 from mmjax.data import sources, text
 from mmjax.errors import UserError
+from mmjax.evaluators import Evaluation
 from mmjax.sharding import distributed
 from mmjax.sharding.mesh import make_mesh
 from mmjax.sharding.rules import batch_sharding
@@ -43,6 +44,7 @@ class Setup:
     target: TrainState
     make_state: Callable[[], TrainState]
     train_step: Callable
+    evaluation: Evaluation
 
 
 def prepare(config: ConfigDict, workdir: Path) -> Setup:
@@ -58,6 +60,7 @@ def prepare(config: ConfigDict, workdir: Path) -> Setup:
         name: sources.open_source(entry.source, entry.split, feedback.data_progress)
         for name, entry in config.streams.items()
     }
+    evaluation = Evaluation(config.evaluators)
     tokenizer = _tokenizer(config, workdir)
     steps, schedule = _schedule(config, opened)
     module = api.make_module(config)
@@ -87,6 +90,7 @@ def prepare(config: ConfigDict, workdir: Path) -> Setup:
         target=with_shardings(shapes, shardings),
         make_state=jax.jit(make, out_shardings=shardings),
         train_step=train_step,
+        evaluation=evaluation,
     )
 
 
@@ -104,15 +108,15 @@ def _claim(workdir: Path, config: ConfigDict) -> None:
     if jax.process_index() == 0:
         try:
             workdir.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, json.dumps(new, indent=2) + "\n")
+            write_atomically(path, (json.dumps(new, indent=2) + "\n").encode())
         except OSError as error:
             raise UserError(f"cannot write into the workdir {workdir}: {error.strerror}") from error
 
 
-def write_atomically(path: Path, content: str) -> None:
-    """Writes a small text file whole or not at all."""
+def write_atomically(path: Path, content: bytes) -> None:
+    """Writes a small file whole or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(content)
+    temporary.write_bytes(content)
     os.replace(temporary, path)
 
 
@@ -132,8 +136,11 @@ def _tokenizer(config: ConfigDict, workdir: Path) -> text.Tokenizer:
             f"config.model.encoders.text.vocab_size: {encoder.vocab_size} is less than the {tokenizer.vocab_size} "
             f"tokens of {path}"
         )
+    copy, content = workdir / f"tokenizer{Path(path).suffix}", Path(path).read_bytes()
+    if saved_steps(workdir) and copy.exists() and copy.read_bytes() != content:
+        raise UserError(f"{path} is not the tokenizer that the run in {workdir} was started with: {copy}")
     if jax.process_index() == 0:
-        shutil.copyfile(path, workdir / f"tokenizer{Path(path).suffix}")
+        write_atomically(copy, content)
     return tokenizer
 
 
@@ -151,6 +158,8 @@ def _schedule(config: ConfigDict, opened: Mapping[str, sources.Source]) -> tuple
 
 def _check_space(workdir: Path, state: TrainState) -> None:
     """Two checkpoints have to fit: the last good one stays until the next one is whole."""
+    if jax.process_index() != 0:
+        return
     needed = 2 * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     free = shutil.disk_usage(workdir).free
     if needed > free:

@@ -40,6 +40,7 @@ def test_ranks_equal_brute_force_with_ties_and_several_captions(owners, each, se
 def test_equal_embeddings_earn_nothing():
     same, owners = np.ones((50, 4), np.float32), np.arange(50)
     assert (retrieval.ranks(same, same, owners, owners) == 49).all()
+    assert (retrieval.ranks(same * np.nan, same, owners, owners) == 49).all()
 
 
 def test_perfect_embeddings_are_first():

@@ -79,6 +79,23 @@ def test_attention_is_the_textbook_formula(mesh):
         np.testing.assert_allclose(module.apply(params, x, keys, mask), out, atol=1e-5)
 
 
+def test_attention_on_a_gpu_takes_every_mask(mesh, monkeypatch):
+    """cuDNN broadcasts no mask over the queries: what reaches it has their length."""
+    seen = {}
+
+    def attention(query, key, value, mask=None, implementation=None):
+        seen.update(mask=mask, implementation=implementation)
+        return query
+
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax.nn, "dot_product_attention", attention)
+    x, mask = jnp.zeros((2, 12, 128), jnp.bfloat16), jnp.ones((2, 1, 1, 12), bool)
+    Attention(heads=4, dtype=jnp.bfloat16).init(KEY, x, mask=mask)
+    assert seen["implementation"] == "cudnn" and seen["mask"].shape == (2, 1, 12, 12)
+    Attention(heads=4, dtype=jnp.bfloat16).init(KEY, x[:, :11], mask=mask[..., :11])
+    assert seen["implementation"] == "xla"
+
+
 def test_scan_unroll_and_rematerialisation_change_neither_value_nor_gradient(mesh):
     x = jax.random.normal(KEY, (2, 6, 16))
     reference = Transformer(3, 2, 32)

@@ -1,9 +1,12 @@
 """Two real processes of four devices each, against one process of eight."""
 
+import signal
 import socket
+import time
 
 import pytest
 
+from mmjax.training.checkpoint import saved_steps
 from mmjax.training.feedback import read_metrics
 from tests import programs
 
@@ -16,9 +19,9 @@ def free_port():
         return listener.getsockname()[1]
 
 
-def run_two(*arguments):
+def start_two(*arguments):
     address = f"127.0.0.1:{free_port()}"
-    processes = [
+    return [
         programs.start(
             "main",
             *arguments,
@@ -29,8 +32,11 @@ def run_two(*arguments):
         )
         for number in range(2)
     ]
+
+
+def finish(processes, code):
     outputs = [process.communicate(timeout=300)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert [process.returncode for process in processes] == [code, code], outputs
     return outputs
 
 
@@ -39,7 +45,14 @@ def run_two(*arguments):
 def test_two_processes_train_and_evaluate_like_one(tmp_path, openmoji_folder):
     code, output = programs.run("main", *ARGUMENTS, f"--workdir={tmp_path / 'one'}", devices=8)
     assert code == 0, output
-    outputs = run_two(*ARGUMENTS, f"--workdir={tmp_path / 'two'}")
+    arguments = (*ARGUMENTS, f"--workdir={tmp_path / 'two'}")
+    processes = start_two(*arguments)
+    while not read_metrics(tmp_path / "two" / "metrics.jsonl") and processes[0].poll() is None:
+        time.sleep(0.01)
+    processes[1].send_signal(signal.SIGTERM)  # one is told to stop: both do, after the same step
+    finish(processes, 143)
+    assert saved_steps(tmp_path / "two")
+    outputs = finish(start_two(*arguments), 0)
     assert "Retrieval on held-out data" in outputs[0] and "Retrieval" not in outputs[1]
     one, two = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
     assert [line["step"] for line in one] == [line["step"] for line in two]

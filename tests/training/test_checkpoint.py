@@ -34,6 +34,11 @@ def test_the_latest_and_the_best_are_kept(run):
             checkpoints.wait()
         checkpoints.save(at_step(state, 5), {}, {})
     assert saved_steps(run.workdir) == [2, 5]
+    with jax.set_mesh(run.mesh), Checkpoints(run.workdir, run.config) as checkpoints:  # as a resumed run does
+        for step in (6, 7):
+            checkpoints.save(at_step(state, step), {}, {})
+            checkpoints.wait()
+    assert saved_steps(run.workdir) == [2, 7]
 
 
 def test_a_state_comes_back_exactly_on_another_mesh(run, monkeypatch):
