@@ -45,14 +45,7 @@ def finish(processes, code):
 def test_two_processes_train_and_evaluate_like_one(tmp_path, openmoji_folder):
     code, output = programs.run("main", *ARGUMENTS, f"--workdir={tmp_path / 'one'}", devices=8)
     assert code == 0, output
-    arguments = (*ARGUMENTS, f"--workdir={tmp_path / 'two'}")
-    processes = start_two(*arguments)
-    while not read_metrics(tmp_path / "two" / "metrics.jsonl") and processes[0].poll() is None:
-        time.sleep(0.01)
-    processes[1].send_signal(signal.SIGTERM)  # one is told to stop: both do, after the same step
-    finish(processes, 143)
-    assert saved_steps(tmp_path / "two")
-    outputs = finish(start_two(*arguments), 0)
+    outputs = finish(start_two(*ARGUMENTS, f"--workdir={tmp_path / 'two'}"), 0)
     assert "Retrieval on held-out data" in outputs[0] and "Retrieval" not in outputs[1]
     one, two = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
     assert [line["step"] for line in one] == [line["step"] for line in two]
@@ -63,3 +56,16 @@ def test_two_processes_train_and_evaluate_like_one(tmp_path, openmoji_folder):
     # The checkpoint of two processes is one process's too.
     code, output = programs.run("main", *ARGUMENTS, f"--workdir={tmp_path / 'two'}", devices=8)
     assert code == 0 and "is finished at step 6" in output
+
+
+@pytest.mark.slow
+@pytest.mark.sharding
+def test_one_of_two_processes_is_told_to_stop_and_both_do(tmp_path, openmoji_folder):
+    processes = start_two(
+        "--config=tests/tiny.py:3000", "--config.train.checkpoint_every=3000", f"--workdir={tmp_path}"
+    )
+    while not read_metrics(tmp_path / "metrics.jsonl") and processes[0].poll() is None:
+        time.sleep(0.01)
+    processes[1].send_signal(signal.SIGTERM)
+    finish(processes, 143)
+    assert saved_steps(tmp_path) == [read_metrics(tmp_path / "metrics.jsonl")[-1]["step"]]
