@@ -41,7 +41,8 @@ def measure(variant: str, steps: int) -> float:
     with tempfile.TemporaryDirectory() as folder:
         run = setup.prepare(config, Path(folder))
         batches = pipeline.train_batches(config, run.sources, run.tokenizer, run.rows, 0, run.steps)
-        batch = jax.device_put(next(batches)[1])
+        _, batch, _ = next(batches)
+        batch = jax.device_put(batch)
         with jax.set_mesh(run.mesh):
             state, seconds = run.make_state(), []
             for _ in range(steps + 3):

@@ -31,16 +31,17 @@ def get_config(arg=None):
     # The held-out images are whole and upright: wider augmentation costs recall.
     config.streams.train.preprocess.crop_min_area = 0.9
     config.streams.train.preprocess.mirror = 0.0
+    config.streams.train.preprocess.captions = ("en",)
     config.optimizer.learning_rate = 2e-3
     config.optimizer.weight_decay = 0.01
     config.optimizer.warmup = 60.0
     config.train.steps = 600
     config.train.checkpoint_every = 200
-    config.evaluators.test = configs.retrieval(every=300)
-    config.evaluators.everything = configs.retrieval(gallery_split="all", contact_sheet=True)
+    config.evaluators.test = configs.retrieval(every=300, captions=("en",))
+    config.evaluators.everything = configs.retrieval(gallery_split="all", captions=("en",), contact_sheet=True)
     if every_language:
-        config.streams.train.preprocess.languages = LANGUAGES
+        config.streams.train.preprocess.captions = LANGUAGES
         config.model.encoders.text.vocab_size = 16_384
         config.model.encoders.text.length = 24
-        config.evaluators.test_every_language = configs.retrieval(languages=LANGUAGES)
+        config.evaluators.test_every_language = configs.retrieval(captions=LANGUAGES)
     return config

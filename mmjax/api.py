@@ -69,10 +69,11 @@ class Model:
         Raises:
           UserError: a file is missing or is no image, or an array has another shape or type.
         """
-        size = self.config.model.encoders.image.image_size
+        encoder = self.config.model.encoders.image
 
         def load_rows(indices: np.ndarray) -> np.ndarray:
-            return np.stack([image_ops.resize(_pixels(images[index]), size) for index in indices])
+            pixels = (_pixels(images[index]) for index in indices)
+            return np.stack([image_ops.for_evaluation(each, encoder.image_size, encoder.resize) for each in pixels])
 
         return self.encode_rows("image", len(images), load_rows)
 

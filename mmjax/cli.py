@@ -20,8 +20,16 @@ from mmjax.errors import EXIT_USER_ERROR, UserError
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
-def run(main: Callable[[], int], description: str, argv: Sequence[str] | None = None) -> int:
+def run(
+    main: Callable[..., int], description: str, argv: Sequence[str] | None = None, positional: Sequence[str] = ()
+) -> int:
     """Parses the flags, runs `main`, and turns what goes wrong into an exit code.
+
+    Args:
+      main: the program; where there are positional arguments, it is given their list.
+      description: what --help shows above the flags.
+      argv: the command line; by default this process's own.
+      positional: the names of the arguments that are no flags, all of which have to be there.
 
     Returns:
       What `main` returns; 0 for --help; 2 for a user's mistake, told in one line; 130 for Ctrl-C.
@@ -34,8 +42,8 @@ def run(main: Callable[[], int], description: str, argv: Sequence[str] | None = 
         if {"--help", "-h", "-help"} & set(argv):
             print(f"{description.strip()}\n\nflags:\n{_flag_help()}")
             return 0
-        _parse(argv)
-        return main()
+        arguments = _parse(argv, positional)
+        return main(arguments) if positional else main()
     except (UserError, OSError) as error:
         if debug or not (isinstance(error, UserError) or error.errno in _NO_SPACE):
             traceback.print_exc()
@@ -56,13 +64,16 @@ def _flag_help() -> str:
 
 
 def _own_flags() -> dict[str, flags.Flag]:
-    known = flags.FLAGS
-    names = [name for name in ("config", "workdir", "step", "follow", "debug") if name in known]
-    return {name: known[name] for name in names}
+    """The flags that the program's own module defines, without the keys of its config."""
+    return {flag.name: flag for flag in flags.FLAGS.get_flags_for_module(sys.argv[0]) if "." not in flag.name}
 
 
-def _parse(argv: list[str]) -> None:
-    """Parses absl flags; checks `--config` and its overrides first, for errors a reader understands."""
+def _parse(argv: list[str], positional: Sequence[str]) -> list[str]:
+    """Parses absl flags; checks `--config` and its overrides first, for errors a reader understands.
+
+    Returns:
+      What is no flag: one argument for each name in `positional`.
+    """
     recipes = [arg.partition("=")[2] for arg in argv[1:] if re.match(r"--?config=", arg)]
     recipes += [argv[i + 1] for i, arg in enumerate(argv[:-1]) if re.fullmatch("--?config", arg)]
     recipe = recipes[0] if recipes else None
@@ -80,8 +91,12 @@ def _parse(argv: list[str]) -> None:
         ) from error
     except (flags.Error, TypeError, ValueError) as error:
         raise UserError(" ".join(str(error).split())) from error
-    if len(rest) > 1:
-        raise UserError(f'unexpected argument "{rest[1]}"; flags are written --name=value')
+    arguments = rest[1:]
+    if len(arguments) > len(positional):
+        raise UserError(f'unexpected argument "{arguments[len(positional)]}"; flags are written --name=value')
+    if len(arguments) < len(positional):
+        raise UserError(f"{positional[len(arguments)]} is missing; the arguments are {' '.join(positional)}")
+    return arguments
 
 
 def load_recipe(recipe: str) -> ConfigDict:

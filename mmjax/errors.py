@@ -1,4 +1,4 @@
-"""The one exception that a user's mistake raises, and the exit codes that go with it."""
+"""The exceptions that a user can mend, and the exit code that goes with them."""
 
 EXIT_USER_ERROR = 2
 
@@ -8,4 +8,11 @@ class UserError(ValueError):
 
     The message is one line that names what is wrong and where. Programs print it without a
     traceback and end with exit code 2; `--debug` shows the traceback.
+    """
+
+
+class RecordError(UserError):
+    """One record cannot be used: broken bytes, a missing file, no caption.
+
+    The message names the record. Training puts another record in its place and counts it (`mmjax.data.pipeline`).
     """

@@ -23,7 +23,7 @@ def configure() -> None:
         _keep_freed_memory()
     import jax
 
-    from mmjax.data.openmoji import cache_root
+    from mmjax.files import cache_root
 
     jax.config.update("jax_compilation_cache_dir", str(cache_root() / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)

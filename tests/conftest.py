@@ -8,11 +8,12 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import jax
 import pytest
 
+from mmjax import files
 from mmjax.data import openmoji
 from mmjax.sharding.mesh import make_mesh
 
 # Several tests compile the same programs.
-jax.config.update("jax_compilation_cache_dir", str(openmoji.cache_root() / "compiled-tests"))
+jax.config.update("jax_compilation_cache_dir", str(files.cache_root() / "compiled-tests"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 

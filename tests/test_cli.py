@@ -18,7 +18,7 @@ MISTAKES = [
     ((TINY, "--config.model.encoders.text.tokenizer=/nowhere/tokenizer.json"), "cannot read the tokenizer /nowhere"),
     ((TINY, "--config.evaluators.test.split=tset"), 'config.evaluators.test: openmoji has no split "tset"'),
     ((TINY, "--config.evaluators.test.gallery_split=train"), 'config.evaluators.test: split "train" lacks 400 images'),
-    ((TINY, "--config.evaluators.test.languages=('xx',)"), "config.evaluators.test: record"),
+    ((TINY, "--config.evaluators.test.captions=('xx',)"), "config.evaluators.test: record"),
     ((TINY, "--workdri=x"), 'unknown flag --workdri; did you mean "workdir"?'),
     ((TINY, "extra"), 'unexpected argument "extra"'),
     (("--config=configs/quikstart.py",), 'no file configs/quikstart.py; did you mean "quickstart.py"?'),

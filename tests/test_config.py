@@ -5,6 +5,7 @@ import pytest
 
 from mmjax import config as configs
 from mmjax.errors import UserError
+from mmjax.validation import validate
 from tests import tiny
 
 RECIPES = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
@@ -19,7 +20,7 @@ def load(path, *arguments):
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipes_are_valid(path):
-    configs.validate(load(path), 8)
+    validate(load(path), 8)
 
 
 def test_vit_b_is_the_published_siglip_recipe():
@@ -45,7 +46,15 @@ MISTAKES = [
     (lambda c: c.__setattr__("seed", -1), "config.seed: -1 is less than 0"),
     (lambda c: c.train.__setattr__("best_metric", "eval/nope/R@1"), '"eval/nope/R@1" is not eval/EVALUATOR/METRIC'),
     (lambda c: c.model.__setattr__("logit_scale", 0.0), "config.model.logit_scale: 0.0 is not positive"),
-    (lambda c: c.streams.train.preprocess.__setattr__("languages", ()), "languages: name at least one"),
+    (lambda c: c.streams.train.preprocess.__setattr__("resize", "crop"), 'did you mean "random_crop"?'),
+    (lambda c: c.streams.train.preprocess.__setattr__("caption_choice", "cylce"), 'did you mean "cycle"?'),
+    (lambda c: c.streams.train.preprocess.__setattr__("caption_weights", (1.0, 2.0)), "one for each of captions"),
+    (lambda c: c.streams.train.preprocess.__setattr__("color_jitter", (0.4, 0.4)), "color_jitter: (0.4, 0.4) is not"),
+    (lambda c: c.streams.train.preprocess.__setattr__("text_length", 9), "text_length: 9 is neither 0 nor between 2"),
+    (lambda c: c.streams.train.__setattr__("source", ""), "set either source or mixture"),
+    (lambda c: c.streams.train.mixture.__setattr__("a", configs.component()), "set either source or mixture"),
+    (lambda c: c.loader.__setattr__("max_broken_fraction", 1.5), "loader.max_broken_fraction: 1.5 is not in [0, 1]"),
+    (lambda c: c.model.encoders.image.__setattr__("resize", "crop"), 'did you mean "center_crop"?'),
     (lambda c: c.evaluators.test.__setattr__("batch_size", 81), "config.evaluators.test.batch_size: 81"),
 ]
 
@@ -53,10 +62,10 @@ MISTAKES = [
 @pytest.mark.parametrize("spoil, message", MISTAKES, ids=[message for _, message in MISTAKES])
 def test_a_mistake_is_one_line_that_names_the_key(spoil, message):
     config = tiny.get_config()
-    configs.validate(config, 8)
+    validate(config, 8)
     spoil(config)
     with pytest.raises(UserError) as error:
-        configs.validate(config, 8)
+        validate(config, 8)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -65,12 +74,12 @@ def test_unknown_and_mistyped_keys():
     config = tiny.get_config()
     config.optimizer.learning_rat = 1.0
     with pytest.raises(UserError, match='config.optimizer.learning_rat; did you mean "learning_rate"'):
-        configs.validate(config, 8)
+        validate(config, 8)
     config = tiny.get_config()
     with config.ignore_type():
         config.optimizer.learning_rate = "fast"
     with pytest.raises(UserError, match="config.optimizer.learning_rate: expected float, got str 'fast'"):
-        configs.validate(config, 8)
+        validate(config, 8)
     with pytest.raises(UserError, match='"optimzer"; did you mean "optimizer"'):
         configs.check_key(config, "optimzer.lr")
     with pytest.raises(UserError, match="config.seed has no keys below it"):

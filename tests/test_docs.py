@@ -7,6 +7,7 @@ import pytest
 
 from mmjax import cli
 from mmjax import config as configs
+from mmjax.validation import validate
 from tests.programs import ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -35,7 +36,7 @@ def test_every_command_names_what_exists(line):
             config = cli.load_recipe(str(ROOT / recipe[0].removeprefix("--config=")))
             for override in overrides:
                 configs.check_key(config, override.partition("=")[0])
-            configs.validate(config, 1)
+            validate(config, 1)
 
 
 def test_every_setting_is_explained():

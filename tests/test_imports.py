@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "mmjax"
-PROGRAMS = {"main", "evaluate"}
+PROGRAMS = {"main", "evaluate", "prepare"}
 FORBIDDEN = {
     "sharding": {"models", "objectives", "data", "training", "evaluators", "api", "config"},
     "models": {"data", "objectives", "training", "evaluators", "api"},

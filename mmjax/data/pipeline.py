@@ -1,8 +1,11 @@
 """The input pipeline: the batch of step s is a pure function of (config, seed, s).
 
-Element g of a stream is record `shuffle(g)` of its source, augmented with random numbers that depend
-on the seed and g alone. Row r of the stream's batch b is element `b * batch_size + r`. So neither
-threads, workers, processes nor a resumed run change any batch: the step number is the whole state.
+Element g of a stream is a record that its shuffled sources yield at place g, changed with random numbers that depend
+on the seed and g alone. Row r of the stream's batch b is element `b * batch_size + r`. So neither threads, workers,
+processes nor a resumed run change any batch: the step number is the whole state.
+
+A record that cannot be read is replaced by another one, drawn from the same random numbers; its place in the order
+stays, so nothing after it moves.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,34 +17,97 @@ from jaxtyping import Int
 from ml_collections import ConfigDict
 
 from mmjax.data import image
+from mmjax.data.augment import Augment
 from mmjax.data.sources import Source
 from mmjax.data.text import Tokenizer
-from mmjax.errors import UserError
+from mmjax.errors import RecordError, UserError
 
 Batch = dict[str, np.ndarray]
+REPLACEMENTS = 32  # so many unreadable records in a row end the run
+CAPTION_CHOICES = ("random", "cycle", "first", "join")
+
+
+@dataclass(frozen=True)
+class CaptionChoice:
+    """Which caption of a record is trained on this time.
+
+    `groups` are names in the record's `captions`, () for all of them. `choice` is "random" (one of all their captions;
+    with `weights`, first a group by weight), "cycle" (another one each epoch, in turn), "first", or "join" (all, one
+    after the other).
+    """
+
+    groups: tuple[str, ...] = ()
+    weights: tuple[float, ...] = ()
+    choice: str = "random"
+
+    def __call__(self, record: dict, epoch: int, rng: np.random.Generator) -> str:
+        groups = self.groups
+        if self.weights:
+            there = [(group, weight) for group, weight in zip(groups, self.weights, strict=True) if weight]
+            there = [(group, weight) for group, weight in there if record["captions"].get(group)]
+            if there:
+                shares = np.cumsum([weight for _, weight in there])
+                groups = (there[int(np.searchsorted(shares, rng.random() * shares[-1], side="right"))][0],)
+        captions = captions_of(record, groups)
+        match self.choice:
+            case "first":
+                return captions[0]
+            case "cycle":
+                return captions[epoch % len(captions)]
+            case "join":
+                return " ".join(captions)
+        return captions[int(rng.integers(len(captions)))]
 
 
 @dataclass(frozen=True)
 class TrainExample:
-    """Turns a record into one row of a training batch."""
+    """Turns places in a stream's sources into rows of a training batch."""
 
+    sources: tuple[Source, ...]
+    augment: Augment
+    captions: CaptionChoice
     tokenizer: Tokenizer
-    languages: tuple[str, ...]
-    image_size: int
     text_length: int
-    crop_min_area: float
-    crop_max_aspect: float
-    mirror: float
 
-    def __call__(self, record: dict, rng: np.random.Generator) -> Batch:
-        """`image` uint8 [size, size, 3] and `text` int32 [length]; all choices come from `rng`."""
-        pixels = record["pixels"] if "pixels" in record else decode_image(record)
-        pixels = image.random_resized_crop(pixels, self.image_size, self.crop_min_area, self.crop_max_aspect, rng)
-        if rng.random() < self.mirror and record["mirror"]:
-            pixels = image.mirror(pixels)
-        captions = captions_of(record, self.languages)
-        caption = captions[rng.integers(len(captions))]
-        return {"image": pixels, "text": self.tokenizer.encode([caption], self.text_length)[0]}
+    def batch(self, places: Sequence[tuple[int, int, int]], rngs: Sequence[np.random.Generator]) -> Batch:
+        """The rows of a batch.
+
+        Args:
+          places: (number of the source, epoch, number of the record) for each row.
+          rngs: the random numbers of each row; all choices come from them.
+
+        Returns:
+          `image` uint8 [rows, size, size, 3], `text` int32 [rows, length], and `broken`: one line of text for each
+          record that could not be read.
+        """
+        size = self.augment.size
+        images = np.empty((len(places), size, size, 3), np.uint8)
+        captions, broken = [], []
+        for row, (place, rng) in enumerate(zip(places, rngs, strict=True)):
+            images[row], caption = self._row(*place, rng, broken)
+            captions.append(caption)
+        text = self.tokenizer.encode(captions, self.text_length)
+        return {"image": images, "text": text, "broken": np.array(broken, np.str_)}
+
+    def _row(self, source_number: int, epoch: int, index: int, rng: np.random.Generator, broken: list[str]):
+        source = self.sources[source_number]
+        for _ in range(REPLACEMENTS):
+            try:
+                record = source[index]
+                caption = self.captions(record, epoch, rng)
+                return self._pixels(record, rng), caption
+            except RecordError as error:
+                broken.append(str(error))
+                index = int(rng.integers(len(source)))
+        broken.append(f"{REPLACEMENTS} records in a row")
+        return 0, ""
+
+    def _pixels(self, record: dict, rng: np.random.Generator) -> image.Pixels:
+        data = pixels_or_bytes(record)
+        try:
+            return self.augment(data, record["mirror"], rng)
+        except RecordError as error:
+            raise RecordError(f"record {record['key']!r}: {error}") from None
 
 
 class DecodedInMemory:
@@ -49,6 +115,7 @@ class DecodedInMemory:
 
     def __init__(self, source: Source):
         self._source, self._records = source, {}
+        self.fingerprint = source.fingerprint
 
     def __len__(self) -> int:
         return len(self._source)
@@ -60,56 +127,127 @@ class DecodedInMemory:
         return self._records[index]
 
 
+def pixels_or_bytes(record: dict) -> image.Pixels | bytes:
+    """The record's image, decoded where it is kept in memory.
+
+    Raises:
+      RecordError: it has none.
+    """
+    if "pixels" in record:
+        return record["pixels"]
+    if "image" not in record:
+        raise RecordError(f"record {record['key']!r} has no image")
+    return record["image"]
+
+
 def decode_image(record: dict) -> image.Pixels:
-    """The record's pixels.
+    """The record's pixels, exactly as they are stored.
 
     Raises:
-      UserError: they cannot be decoded; the message names the record.
+      RecordError: they are missing or cannot be decoded; the message names the record.
     """
+    data = pixels_or_bytes(record)
     try:
-        return image.decode(record["image"])
-    except UserError as error:
-        raise UserError(f"record {record['key']}: {error}") from None
+        return data if isinstance(data, np.ndarray) else image.decode(data)
+    except RecordError as error:
+        raise RecordError(f"record {record['key']!r}: {error}") from None
 
 
-def captions_of(record: dict, languages: Sequence[str]) -> list[str]:
-    """All captions of a record in these languages.
+def captions_of(record: dict, groups: Sequence[str] = ()) -> list[str]:
+    """All captions of a record in these groups (languages, or fields that they come from); () is all of them.
 
     Raises:
-      UserError: the record has none.
+      RecordError: the record has none.
     """
-    captions = [caption for language in languages for caption in record["captions"].get(language, ())]
+    found = record["captions"]
+    captions = [caption for group in groups or found for caption in found.get(group, ())]
     if not captions:
-        raise UserError(
-            f"record {record['key']} has no caption in {', '.join(languages)}; it has {', '.join(record['captions'])}"
-        )
+        wanted = f" in {', '.join(groups)}" if groups else ""
+        there = ", ".join(map(repr, found))[:200] or "none"
+        raise RecordError(f"record {record['key']!r} has no caption{wanted}; it has {there}")
     return captions
 
 
-class _BatchRows(grain.MapDataset):
-    """Keeps the given rows of every batch: element i is row `rows[i % n]` of batch `i // n`."""
+class _Batches(grain.MapDataset):
+    """Element b holds the given rows of a stream's batch b."""
 
-    def __init__(self, parent: grain.MapDataset, batch_size: int, rows: Sequence[int]):
-        super().__init__(parent)
-        self._batch_size = batch_size
+    def __init__(
+        self, places: grain.MapDataset, example: TrainExample, seed: int, batch_size: int, rows: Sequence[int]
+    ):
+        super().__init__(places)
+        self._example, self._seed, self._batch_size = example, seed, batch_size
         self._rows = [int(row) for row in rows]
 
     def __len__(self) -> int:
-        return len(self._parent) // self._batch_size * len(self._rows)
+        return len(self._parent) // self._batch_size
 
     def __getitem__(self, index):
         if isinstance(index, slice):
             return self.slice(index)
-        batch, row = divmod(index, len(self._rows))
-        return self._parent[batch * self._batch_size + self._rows[row]]
+        elements = [index * self._batch_size + row for row in self._rows]
+        # Philox is made for this: any key is a stream of its own.
+        rngs = [np.random.Generator(np.random.Philox(key=[self._seed, element])) for element in elements]
+        return self._example.batch([self._parent[element] for element in elements], rngs)
+
+
+def places(lengths: Sequence[int], weights: Sequence[float], seed: int) -> grain.MapDataset:
+    """The endless order of a stream: element g is (number of the source, epoch of it, number of the record).
+
+    Each source is shuffled anew in each of its epochs, and repeats. After any number of elements each has had its
+    share, give or take one.
+
+    Args:
+      lengths: records of each source.
+      weights: positive shares of the sources.
+      seed: decides the order.
+    """
+    parts = []
+    for number, length in enumerate(lengths):
+        order = grain.MapDataset.range(length).seed(seed + 7919 * number).shuffle().repeat()
+        parts.append(order.map_with_index(_Place(number, length)))
+    return parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, list(weights))
+
+
+@dataclass(frozen=True)
+class _Place:
+    """What `places` makes of an element; loader processes receive it pickled."""
+
+    number: int
+    length: int
+
+    def __call__(self, element: int, index: int) -> tuple[int, int, int]:
+        return self.number, element // self.length, index
 
 
 def stream_dataset(
-    source: Source, example: TrainExample, seed: int, batch_size: int, rows: Sequence[int]
+    entry: ConfigDict,
+    opened: Mapping[str, Source],
+    tokenizer: Tokenizer,
+    encoders: ConfigDict,
+    seed: int,
+    rows: Sequence[int],
 ) -> grain.MapDataset:
-    """The endless data set whose element b holds these rows of the stream's batch b."""
-    dataset = grain.MapDataset.source(source).seed(seed).shuffle().repeat().random_map(example)
-    return _BatchRows(dataset, batch_size, rows).batch(len(rows))
+    """The endless data set whose element b holds these rows of the stream's batch b (see `TrainExample.batch`).
+
+    Args:
+      entry: the stream's config.
+      opened: its sources by name, as `mmjax.data.sources.open_stream` gives them.
+      tokenizer: for the captions.
+      encoders: `config.model.encoders`.
+      seed: decides the order and every augmentation.
+      rows: which rows of the global batch.
+    """
+    options = dict(entry.preprocess)
+    choice = CaptionChoice(*(options.pop(f"caption{name}") for name in ("s", "_weights", "_choice")))
+    length = options.pop("text_length") or encoders.text.length
+    sources = tuple(DecodedInMemory(source) if entry.keep_decoded else source for source in opened.values())
+    example = TrainExample(sources, Augment(encoders.image.image_size, **options), choice, tokenizer, length)
+    lengths = [len(source) for source in sources]
+    shares = [
+        (part.weight or records) * part.upsampling
+        for part, records in zip(entry.mixture.values(), lengths, strict=False)
+    ]
+    return _Batches(places(lengths, shares, seed), example, seed, entry.batch_size, rows)
 
 
 def stream_schedule(weights: Mapping[str, float], steps: int) -> list[str]:
@@ -133,46 +271,42 @@ def stream_schedule(weights: Mapping[str, float], steps: int) -> list[str]:
 
 def train_batches(
     config: ConfigDict,
-    sources: Mapping[str, Source],
+    sources: Mapping[str, Mapping[str, Source]],
     tokenizer: Tokenizer,
     rows: Mapping[str, Int[np.ndarray, " local_rows"]],
     start: int,
     steps: int,
-) -> Iterator[tuple[str, Batch]]:
-    """Yields (stream, this process's rows of the batch) for each step from `start` to `steps` - 1.
+) -> Iterator[tuple[str, Batch, list[str]]]:
+    """Yields (stream, this process's rows of the batch, unreadable records) for each step from `start` to `steps` - 1.
 
     Args:
       config: the whole config.
-      sources: stream -> its opened source.
+      sources: stream -> its opened sources.
       tokenizer: for the captions.
       rows: stream -> which rows of its global batch this process loads.
       start: the first step to yield.
       steps: the end of the run.
+
+    Raises:
+      UserError: so many records in a row could not be read that there is no batch.
     """
     schedule = stream_schedule({name: entry.weight for name, entry in config.streams.items()}, steps)
     iterators = {}
     for number, (name, entry) in enumerate(config.streams.items()):
-        preprocess = entry.preprocess
-        example = TrainExample(
-            tokenizer,
-            tuple(preprocess.languages),
-            config.model.encoders.image.image_size,
-            config.model.encoders.text.length,
-            preprocess.crop_min_area,
-            preprocess.crop_max_aspect,
-            preprocess.mirror,
-        )
         seed = config.seed + 1_000_003 * number
-        source = DecodedInMemory(sources[name]) if entry.keep_decoded else sources[name]
-        dataset = stream_dataset(source, example, seed, entry.batch_size, rows[name])
+        dataset = stream_dataset(entry, sources[name], tokenizer, config.model.encoders, seed, rows[name])
         first, count = schedule[:start].count(name), schedule.count(name)
         iterators[name] = _iterate(dataset[first:count], config.loader) if first < count else iter(())
     for name in schedule[start:]:
-        yield name, next(iterators[name])
+        batch = next(iterators[name])
+        broken = batch.pop("broken").tolist()
+        if len(broken) > REPLACEMENTS and f"{REPLACEMENTS} records in a row" in broken:
+            raise UserError(f"stream {name}: {REPLACEMENTS} records in a row cannot be read: {broken[-2]}")
+        yield name, batch, broken
 
 
 def _iterate(dataset: grain.MapDataset, loader: ConfigDict) -> Iterator[Batch]:
-    # Reading ahead is counted in batches here, because it comes after `.batch`.
+    # An element is a batch, so reading ahead is counted in batches, and workers can neither lose nor reorder rows.
     options = grain.ReadOptions(num_threads=loader.threads, prefetch_buffer_size=loader.prefetch)
     batches = dataset.to_iter_dataset(options)
     if loader.workers:
@@ -180,7 +314,18 @@ def _iterate(dataset: grain.MapDataset, loader: ConfigDict) -> Iterator[Batch]:
     return iter(batches)
 
 
-def evaluation_images(source: Source, image_size: int, indices: Sequence[int]) -> np.ndarray:
-    """Records' images for evaluation, squashed to a square: uint8 [len(indices), size, size, 3]."""
-    pixels = [image.resize(decode_image(source[int(index)]), image_size) for index in indices]
-    return np.stack(pixels) if pixels else np.zeros((0, image_size, image_size, 3), np.uint8)
+def evaluation_images(
+    source: Source, image_size: int, how: str, indices: Sequence[int]
+) -> tuple[np.ndarray, list[str]]:
+    """Records' images as evaluation sees them: uint8 [len(indices), size, size, 3].
+
+    An image that cannot be read is grey, so that the number of images does not depend on it; also returned is a line
+    of text for each of these.
+    """
+    images, broken = np.full((len(indices), image_size, image_size, 3), 128, np.uint8), []
+    for row, index in enumerate(indices):
+        try:
+            images[row] = image.for_evaluation(decode_image(source[int(index)]), image_size, how)
+        except RecordError as error:
+            broken.append(str(error))
+    return images, broken

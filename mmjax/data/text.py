@@ -1,28 +1,46 @@
-"""Tokenizers: text to padded rows of token ids."""
+"""Tokenizers: text to padded rows of token ids, the same ids that a checkpoint was trained with.
+
+Where the `tokenizer_config.json` of a checkpoint lies beside its vocabulary, a row is what `transformers` gives with
+`padding="max_length", truncation=True, padding_side="right"`. Only sentencepiece models go another way in two rare
+cases: what looks like a special token in a text ("</s>") is text, and long stacks of combining marks are normalized
+as sentencepiece does it, not as the `tokenizers` library does.
+"""
 
 import base64
+import dataclasses
 import functools
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from jaxtyping import Int
 
+from mmjax.data import clip_bpe, text_layout
+from mmjax.data.records import MAX_CAPTION
+from mmjax.data.text_layout import END, PAD, PAD_ID, Layout
 from mmjax.errors import UserError
 
-PAD, END = "<pad>", "<eos>"
-PAD_ID = 0
+# What `load` looks for in a folder, and the only files that a tokenizer_config.json beside them is read for.
+_NAMES = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model")
 
 
 class Tokenizer(Protocol):
     """What the pipeline and the API need from any tokenizer."""
 
     vocab_size: int
+    pad_id: int
 
     def encode(self, texts: Sequence[str], length: int) -> Int[np.ndarray, "texts length"]:
-        """Token ids, int32, ended by the end token and padded with 0; long texts keep their end token."""
+        """Token ids, int32, padded on the right with `pad_id`; long texts keep their start and end tokens.
+
+        Any string will do; what goes beyond `records.MAX_CAPTION` characters is cut off.
+        """
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of a row of ids, without padding, start and end tokens."""
         ...
 
     def to_json(self) -> dict:
@@ -30,95 +48,167 @@ class Tokenizer(Protocol):
         ...
 
 
-class HuggingFaceTokenizer:
-    """A `tokenizer.json` of the Hugging Face `tokenizers` library."""
+class _Rows:
+    """The common part of the tokenizers; they add the two ways between text and bare ids, and `vocab_size`."""
 
-    def __init__(self, definition: str):
+    vocab_size: int
+
+    def __init__(self, layout: Layout):
+        self.layout = layout
+        self.pad_id = layout.pad_id
+        # The same captions come back every epoch, and in training one at a time.
+        self._row = functools.lru_cache(maxsize=100_000)(self._make_row)
+
+    def _ids(self, text: str) -> list[int]:
+        raise NotImplementedError
+
+    def _text(self, ids: list[int]) -> str:
+        raise NotImplementedError
+
+    def _make_row(self, text: str, length: int) -> Int[np.ndarray, " length"]:
+        layout = self.layout
+        valid = text.encode("utf-8", "replace").decode()  # lone surrogates
+        ids = self._ids(text_layout.CLEANERS[layout.clean](valid))
+        ids = ids[: max(0, length - len(layout.before) - len(layout.after))]
+        ids = [*layout.before, *ids, *layout.after][:length]
+        return np.array(ids + [layout.pad_id] * (length - len(ids)), np.int32)
+
+    def encode(self, texts: Sequence[str], length: int) -> Int[np.ndarray, "texts length"]:
+        """See `Tokenizer`."""
+        rows = np.empty((len(texts), length), np.int32)
+        for index, text in enumerate(texts):
+            rows[index] = self._row(text[:MAX_CAPTION], length)
+        return rows
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """See `Tokenizer`."""
+        left = [int(token) for token in ids]
+        if self.layout.before and tuple(left[: len(self.layout.before)]) == self.layout.before:
+            left = left[len(self.layout.before) :]
+        if self.layout.after and self.layout.after[0] in left:
+            left = left[: left.index(self.layout.after[0])]
+        while left and left[-1] == self.pad_id:
+            left.pop()
+        return self._text(left)
+
+
+class HuggingFaceTokenizer(_Rows):
+    """A `tokenizer.json` of the Hugging Face `tokenizers` library.
+
+    Args:
+      definition: the text of the file.
+      layout: without one, what the file says; where that is nothing, texts end with the first known end token.
+    """
+
+    def __init__(self, definition: str, layout: Layout | None = None):
         import tokenizers
 
         self._definition = definition
         self._tokenizer = tokenizers.Tokenizer.from_str(definition)
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
-        # The same captions come back every epoch, and in training one at a time.
-        self._ids = functools.lru_cache(maxsize=100_000)(lambda text: self._tokenizer.encode(text).ids)
+        self._end_of_word = getattr(self._tokenizer.model, "end_of_word_suffix", None)
         self.vocab_size = max(self._tokenizer.get_vocab().values()) + 1
-        self._end = self._first_known(END, "</s>", "<|endoftext|>", "<|endofprompt|>", "[SEP]")
-        pad = self._first_known(PAD, "<pad>", "[PAD]")
-        if pad not in (None, PAD_ID):
-            raise UserError(f"the tokenizer's padding token has id {pad}; mmjax needs it to be {PAD_ID}")
+        super().__init__(layout or text_layout.of_file(self._tokenizer, json.loads(definition)))
 
-    def _first_known(self, *tokens: str) -> int | None:
-        return next((i for i in map(self._tokenizer.token_to_id, tokens) if i is not None), None)
+    def _ids(self, text: str) -> list[int]:
+        ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+        ends_itself = self.layout.once and ids and (ids[-1],) == self.layout.after
+        return ids[:-1] if ends_itself else ids
 
-    def encode(self, texts: Sequence[str], length: int) -> Int[np.ndarray, "texts length"]:
-        return _pad([self._ids(text) for text in texts], length, self._end)
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids, without padding and special tokens."""
-        return self._tokenizer.decode(list(ids), skip_special_tokens=True).strip()
+    def _text(self, ids: list[int]) -> str:
+        text = self._tokenizer.decode(ids, skip_special_tokens=True)
+        return (text.replace(self._end_of_word, " ") if self._end_of_word else text).strip()
 
     def to_json(self) -> dict:
-        return {"format": "tokenizer.json", "data": json.loads(self._definition)}
+        """See `Tokenizer`."""
+        return _json("tokenizer.json", json.loads(self._definition), self.layout)
 
     def __reduce__(self):
-        return type(self), (self._definition,)
+        return type(self), (self._definition, self.layout)
 
 
-class SentencePieceTokenizer:
-    """A sentencepiece `.model`. Ids are moved up where needed so that 0 is padding alone."""
+class SentencePieceTokenizer(_Rows):
+    """A sentencepiece `.model`.
 
-    def __init__(self, model: bytes):
+    Args:
+      model: the bytes of the file.
+      layout: without one, texts end with the model's end token, and are padded with its padding piece. Models
+        without that piece have all their ids moved up by one, so that 0 is padding alone.
+      offset: what is added to the model's ids.
+    """
+
+    def __init__(self, model: bytes, layout: Layout | None = None, offset: int = 0):
         import sentencepiece
 
         self._model = model
-        self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-        # Models made without a padding piece use id 0 for a real one.
-        self._offset = 0 if self._processor.pad_id() == PAD_ID else 1
-        self.vocab_size = self._processor.vocab_size() + self._offset
-        end = self._processor.eos_id()
-        self._end = end + self._offset if end >= 0 else None
+        self.processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        if layout is None:
+            pad, end = self.processor.pad_id(), self.processor.eos_id()
+            offset = int(pad < 0)
+            layout = Layout(max(pad, PAD_ID), after=(end + offset,) if end >= 0 else ())
+        self._offset = offset
+        self.vocab_size = max(self.processor.vocab_size() + offset, layout.pad_id + 1)
+        super().__init__(layout)
 
-    def encode(self, texts: Sequence[str], length: int) -> Int[np.ndarray, "texts length"]:
-        rows = [[piece + self._offset for piece in self._processor.encode(text)] for text in texts]
-        return _pad(rows, length, self._end)
+    def _ids(self, text: str) -> list[int]:
+        return [piece + self._offset for piece in self.processor.encode(text)]
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids, without padding and end tokens."""
-        return self._processor.decode([int(i) - self._offset for i in ids if i not in (PAD_ID, self._end)])
+    def _text(self, ids: list[int]) -> str:
+        known = range(self.processor.vocab_size())
+        return self.processor.decode([token - self._offset for token in ids if token - self._offset in known])
 
     def to_json(self) -> dict:
-        return {"format": "sentencepiece", "data": base64.b64encode(self._model).decode()}
+        """See `Tokenizer`."""
+        data = base64.b64encode(self._model).decode()
+        return _json("sentencepiece", data, self.layout) | {"offset": self._offset}
 
     def __reduce__(self):
-        return type(self), (self._model,)
+        return type(self), (self._model, self.layout, self._offset)
 
 
 def load(path: str | Path) -> Tokenizer:
-    """Loads a Hugging Face `tokenizer.json` or a sentencepiece `.model`.
+    """Loads a tokenizer.
+
+    Args:
+      path: a `tokenizer.json`, a sentencepiece `.model`, the `bpe_simple_vocab_16e6.txt.gz` of CLIP and open_clip, or a
+        folder that Hugging Face's `save_pretrained` wrote: with a `tokenizer.json`, else a `vocab.json` and a
+        `merges.txt` of CLIP, GPT-2 or RoBERTa, else a sentencepiece model of T5, SigLIP, Gemma or Llama.
 
     Raises:
-      UserError: the file is missing or is neither of the two.
+      UserError: nothing is there, it is damaged, or it is of another kind.
     """
+    path = Path(path)
+    folder = path if path.is_dir() else path.parent
+    config = text_layout.read_config(folder) if path.is_dir() or path.name in (*_NAMES, "merges.txt") else {}
+    if path.is_dir():
+        # Hugging Face reads SigLIP's texts with sentencepiece, whatever else is there.
+        names = ("spiece.model", *_NAMES) if config.get("family") == "Siglip" else _NAMES
+        path = next((folder / name for name in names if (folder / name).is_file()), folder / "none")
+        if path.name == "none":
+            raise UserError(f"{folder} holds no tokenizer; it has to have one of: {', '.join(_NAMES)}")
     try:
-        content = Path(path).read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot read the tokenizer {path}: {error.strerror}") from error
-    try:
-        if Path(path).suffix == ".model":
-            return SentencePieceTokenizer(content)
-        return HuggingFaceTokenizer(content.decode())
+        return _read(path, path.read_bytes(), config)
     except UserError:
         raise
+    except OSError as error:
+        raise UserError(f"cannot read the tokenizer {path}: {error.strerror or error}") from error
     except Exception as error:  # both libraries raise bare Exception and RuntimeError
-        raise UserError(f"{path} is neither a tokenizer.json nor a sentencepiece .model: {error}") from error
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"{path} is neither a tokenizer.json nor a sentencepiece .model nor a vocabulary with merges: {reason}"
+        ) from error
 
 
 def from_json(saved: dict) -> Tokenizer:
     """Rebuilds the tokenizer that `to_json` described."""
+    layout = None
+    if "layout" in saved:
+        fields = saved["layout"]
+        layout = Layout(**fields | {name: tuple(fields[name]) for name in ("before", "after")})
     if saved["format"] == "sentencepiece":
-        return SentencePieceTokenizer(base64.b64decode(saved["data"]))
-    return HuggingFaceTokenizer(json.dumps(saved["data"], ensure_ascii=False))
+        return SentencePieceTokenizer(base64.b64decode(saved["data"]), layout, saved.get("offset", 0))
+    return HuggingFaceTokenizer(json.dumps(saved["data"], ensure_ascii=False), layout)
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, path: Path) -> None:
@@ -151,13 +241,25 @@ def train_bpe(texts: Iterable[str], vocab_size: int, path: Path) -> None:
     tokenizer.save(str(path))
 
 
-def _pad(rows: Sequence[Sequence[int]], length: int, end: int | None) -> Int[np.ndarray, "texts length"]:
-    ids = np.full((len(rows), length), PAD_ID, np.int32)
-    for target, row in zip(ids, rows, strict=True):
-        row = list(row)
-        if end is not None and row[-1:] != [end]:
-            row.append(end)
-        if len(row) > length:
-            row = row[: length - 1] + row[-1:]
-        target[: len(row)] = row
-    return ids
+def _json(form: str, data: Any, layout: Layout) -> dict:
+    return {"format": form, "data": data, "layout": json.loads(json.dumps(dataclasses.asdict(layout)))}
+
+
+def _read(path: Path, content: bytes, config: dict[str, Any]) -> Tokenizer:
+    if path.suffix == ".model":
+        bare = SentencePieceTokenizer(content)
+        return SentencePieceTokenizer(content, text_layout.of_sentencepiece(bare.processor, config, path))
+    if path.suffix == ".gz":
+        definition, start, end = clip_bpe.from_open_clip(content)
+        return HuggingFaceTokenizer(definition, Layout(PAD_ID, (start,), (end,), "open_clip"))
+    if path.name in ("vocab.json", "merges.txt"):
+        family = config.get("family") or clip_bpe.guess_family(path.parent)
+        if family not in text_layout.MERGES_FAMILIES:
+            raise UserError(
+                f"{path.parent}: a {family}Tokenizer is read from its tokenizer.json alone, and there is none"
+            )
+        definition = clip_bpe.from_vocab_and_merges(path.parent, family)
+        return HuggingFaceTokenizer(*text_layout.of_definition(definition, text_layout.family_config(family) | config))
+    if config:
+        return HuggingFaceTokenizer(*text_layout.of_definition(content.decode(), config))
+    return HuggingFaceTokenizer(content.decode())

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from mmjax.api import Model
 from mmjax.data.pipeline import captions_of, evaluation_images
-from mmjax.data.sources import open_source
+from mmjax.data.sources import open_entry
 from mmjax.errors import UserError
 from mmjax.evaluators import contact_sheet
 
@@ -61,18 +61,18 @@ class Retrieval:
 
     @cached_property
     def _queries(self):
-        return open_source(self._entry.source, self._entry.split)
+        return open_entry(self._entry)
 
     @cached_property
     def _gallery(self):
         split = self._entry.gallery_split
-        return open_source(self._entry.source, split) if split else self._queries
+        return open_entry(self._entry.to_dict() | {"split": split}) if split else self._queries
 
     def open(self) -> None:
         """Opens the data and checks it.
 
         Raises:
-          UserError: it is missing, lacks a language, or the gallery lacks an image of the captions.
+          UserError: it is missing, a record lacks captions, or the gallery lacks an image of the captions.
         """
         missing = set(self._captions[1]) - self._numbers.keys()
         if missing:
@@ -92,7 +92,7 @@ class Retrieval:
         captions, owners = [], []
         for index in range(len(self._queries)):
             record = self._queries[index]
-            for caption in captions_of(record, self._entry.languages):
+            for caption in captions_of(record, self._entry.captions):
                 captions.append(caption)
                 owners.append(record["key"])
         return captions, owners
@@ -101,12 +101,18 @@ class Retrieval:
         """Yields the metrics; draws a contact sheet where the entry asks for one."""
         entry, gallery = self._entry, self._gallery
         captions, caption_keys = self._captions
-        size = model.config.model.encoders.image.image_size
+        encoder, unreadable = model.config.model.encoders.image, {}
+
+        def load_images(rows: np.ndarray) -> np.ndarray:
+            pixels, broken = evaluation_images(gallery, encoder.image_size, encoder.resize, rows)
+            unreadable.update(dict.fromkeys(broken))
+            return pixels
+
         ids = model.tokenizer.encode(captions, model.config.model.encoders.text.length)
         texts = model.encode_rows("text", len(captions), lambda rows: ids[rows], entry.batch_size)
-        images = model.encode_rows(
-            "image", len(gallery), lambda rows: evaluation_images(gallery, size, rows), entry.batch_size
-        )
+        images = model.encode_rows("image", len(gallery), load_images, entry.batch_size)
+        if unreadable:  # of this process's rows; they were evaluated as grey images
+            yield "unreadable_images", float(len(unreadable))
         text_owners = np.array([self._numbers[key] for key in caption_keys])
         image_owners = np.arange(len(gallery))
         yield from _summary("text_to_image", ranks(texts, images, text_owners, image_owners))

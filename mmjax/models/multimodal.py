@@ -56,7 +56,7 @@ class ImageEncoder(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """A text Transformer over token ids, 0 being padding. Fields: `mmjax.config.text_encoder`."""
+    """A text Transformer over token ids. Fields: `mmjax.config.text_encoder`."""
 
     config: Mapping[str, Any]
     dtype: jnp.dtype = jnp.float32
@@ -65,7 +65,7 @@ class TextEncoder(nn.Module):
     def __call__(self, text: Int[Array, "batch length"]) -> dict[str, Array]:
         config, size = self.config, tower_size(self.config)
         x = TextEmbed(config["vocab_size"], config["length"], size.width, self.dtype, name="embed")(text)
-        valid = text != 0 if config["mask_padding"] else None
+        valid = text != config["pad_id"] if config["mask_padding"] else None
         mask = None if valid is None else valid[:, None, None, :]
         if config["causal"]:
             causal = nn.make_causal_mask(text, dtype=jnp.bool_)

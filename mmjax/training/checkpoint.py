@@ -16,7 +16,7 @@ from mmjax.sharding.rules import parameter_shardings
 from mmjax.training.state import TrainState, with_shardings
 
 FOLDER = "checkpoints"
-ITEMS = ("params", "opt_state", "ema", "config", "tokenizer")
+ITEMS = ("params", "opt_state", "ema", "config", "tokenizer", "data")
 
 
 def saved_steps(workdir: str | Path) -> list[int]:
@@ -67,12 +67,19 @@ class Checkpoints:
     def _best_value(self, metrics: Mapping[str, float]) -> float:
         return metrics.get(self._best, self._worst)
 
-    def save(self, state: TrainState, tokenizer: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
+    def save(
+        self,
+        state: TrainState,
+        tokenizer: Mapping[str, Any],
+        fingerprints: Mapping[str, Mapping[str, str]],
+        metrics: Mapping[str, float],
+    ) -> None:
         """Starts to save the state; training goes on meanwhile.
 
         Args:
           state: what to save; its `step` names the checkpoint.
           tokenizer: `Tokenizer.to_json()`.
+          fingerprints: of the data, by stream and source.
           metrics: the evaluation at this step, for `train.best_metric`.
         """
         items = {
@@ -80,6 +87,7 @@ class Checkpoints:
             "opt_state": ocp.args.StandardSave(state.opt_state),
             "config": ocp.args.JsonSave(to_plain(self._config)),
             "tokenizer": ocp.args.JsonSave(dict(tokenizer)),
+            "data": ocp.args.JsonSave({name: dict(parts) for name, parts in fingerprints.items()}),
         }
         if state.ema:
             items["ema"] = ocp.args.StandardSave(state.ema)
@@ -107,8 +115,14 @@ class Checkpoints:
 
     def restore_tokenizer(self, step: int) -> dict[str, Any]:
         """What `Tokenizer.to_json()` gave."""
-        args = ocp.args.Composite(tokenizer=ocp.args.JsonRestore())
-        return self._manager.restore(step, args=args)["tokenizer"]
+        return self._restore_json(step, "tokenizer")
+
+    def restore_fingerprints(self, step: int) -> dict[str, dict[str, str]]:
+        """The fingerprints of the data that the run reads, by stream and source."""
+        return self._restore_json(step, "data")
+
+    def _restore_json(self, step: int, item: str) -> dict[str, Any]:
+        return self._manager.restore(step, args=ocp.args.Composite(**{item: ocp.args.JsonRestore()}))[item]
 
     def wait(self) -> None:
         """Returns when everything that was started to be saved is on disk."""

@@ -21,9 +21,8 @@ def say(message: str) -> None:
         CONSOLE.print(message, markup=False, soft_wrap=True)
 
 
-def data_progress(items: Iterable, total: int) -> Iterator:
-    """Shows how far the preparation of the data set is."""
-    title = f"preparing {total:,} drawings"
+def data_progress(items: Iterable, total: int, title: str) -> Iterator:
+    """Shows how far the preparation of data is."""
     if CONSOLE.is_terminal:
         return track(items, title, total, console=CONSOLE)
     CONSOLE.print(title, markup=False)

@@ -13,12 +13,15 @@ from ml_collections import ConfigDict
 
 from mmjax import api
 from mmjax.data import pipeline
+from mmjax.errors import UserError
+from mmjax.files import write_atomically
 from mmjax.models.flops import peak_flops, train_flops
 from mmjax.sharding import distributed
 from mmjax.sharding.rules import batch_sharding
 from mmjax.training import feedback
 from mmjax.training.checkpoint import Checkpoints, saved_steps
-from mmjax.training.setup import Setup, prepare, write_atomically
+from mmjax.training.health import BrokenRecords
+from mmjax.training.setup import Setup, prepare
 from mmjax.training.state import TrainState
 
 RESULT = "result.json"  # written when a run is finished
@@ -41,12 +44,15 @@ def train(config: ConfigDict, workdir: Path) -> int:
         _finish(setup, _last_evaluation(workdir), started)
         return 0
     for name, entry in config.streams.items():
-        embedded = " (the data set that mmjax comes with)" if entry.source == "openmoji" else ""
-        feedback.say(f"stream {name}: {len(setup.sources[name]):,} records of {entry.source}{embedded}")
+        for part, source in zip(entry.mixture.values() or [entry], setup.sources[name].values(), strict=True):
+            embedded = " (the data set that mmjax comes with)" if part.source == "openmoji" else ""
+            feedback.say(f"stream {name}: {len(source):,} records of {part.source}{embedded}")
     if not start and jax.process_index() == 0:
         (workdir / RESULT).unlink(missing_ok=True)
     with jax.set_mesh(setup.mesh), Checkpoints(workdir, config) as checkpoints, StopRequest() as stop:
+        _check_data(setup, checkpoints, start)
         writer = feedback.MetricWriter(workdir, start)
+        broken = BrokenRecords(workdir, config.loader.max_broken_fraction)
         try:
             state = checkpoints.restore(start, setup.target) if start else setup.make_state()
             feedback.say(
@@ -54,10 +60,12 @@ def train(config: ConfigDict, workdir: Path) -> int:
                 f"{setup.model_parameters / 1e6:.1f} M parameters, {jax.device_count()} x "
                 f"{jax.devices()[0].device_kind}, workdir {workdir}"
             )
-            done, evaluated = _loop(setup, state, start, checkpoints, writer, stop)
+            done, evaluated = _loop(setup, state, start, checkpoints, writer, stop, broken)
             checkpoints.wait()
         finally:
             writer.close()
+    if broken.summary():
+        feedback.say(broken.summary())
     if done < steps:
         feedback.say(f"stopped at step {done} of {steps}, checkpoint saved; the same command goes on from there")
         return 128 + stop.signal
@@ -72,6 +80,7 @@ def _loop(
     checkpoints: Checkpoints,
     writer: feedback.MetricWriter,
     stop: "StopRequest",
+    broken: BrokenRecords,
 ) -> tuple[int, Mapping[str, float]]:
     """Runs the steps from `start`; returns how many are done and the last evaluation."""
     config, steps = setup.config, setup.steps
@@ -80,7 +89,7 @@ def _loop(
     model = api.Model(config, state.params, setup.tokenizer, setup.mesh)
     tokenizer, evaluated = setup.tokenizer.to_json(), {}
     meter = feedback.Meter(train_flops(config.model), peak_flops(jax.devices()[0].device_kind))
-    batches = distributed.prefetch(_on_devices(setup, start))
+    batches = distributed.prefetch(_on_devices(setup, start, broken))
     metrics = {}
     with feedback.TrainProgress(start, steps) as progress:
         for done in range(start + 1, steps + 1):
@@ -101,6 +110,7 @@ def _loop(
             stopping = stop.agreed(logs)
             if logs or last or stopping:
                 report = {name: float(value) for name, value in jax.device_get(metrics).items()} | meter.read()
+                report |= broken.check([*config.streams])
                 writer.write(done, report)
                 progress.report(done, report)
             paused = time.perf_counter()
@@ -110,18 +120,33 @@ def _loop(
                 results = evaluated = setup.evaluation.run(due, current, setup.workdir / "pictures")
                 writer.write(done, results)
             if done % config.train.checkpoint_every == 0 or last or stopping:
-                checkpoints.save(state, tokenizer, results)
+                checkpoints.save(state, tokenizer, setup.fingerprints, results)
             meter.pause(time.perf_counter() - paused)
             if stopping:
                 return done, evaluated
     return steps, evaluated
 
 
-def _on_devices(setup: Setup, start: int) -> Iterator[tuple[str, dict[str, jax.Array]]]:
-    """Yields (stream, global batch on the devices) for every step from `start`."""
+def _check_data(setup: Setup, checkpoints: Checkpoints, start: int) -> None:
+    """Raises UserError where the data are not those that the run was started with."""
+    saved = checkpoints.restore_fingerprints(start) if start else setup.fingerprints
+    for name, parts in setup.fingerprints.items():
+        for part, fingerprint in parts.items():
+            if fingerprint != saved[name][part]:
+                key = f"config.streams.{name}" + (f".mixture.{part}" if part else "")
+                raise UserError(
+                    f"{key}.source: its data are not those that the run in {setup.workdir} was started with "
+                    f"(fingerprint {saved[name][part]} there, {fingerprint} now); bring them back, or choose another "
+                    "--workdir"
+                )
+
+
+def _on_devices(setup: Setup, start: int, broken: BrokenRecords) -> Iterator[tuple[str, dict[str, jax.Array]]]:
+    """Yields (stream, global batch on the devices) for every step from `start`; notes the unreadable records."""
     sharding, entries = batch_sharding(setup.mesh), setup.config.streams
     batches = pipeline.train_batches(setup.config, setup.sources, setup.tokenizer, setup.rows, start, setup.steps)
-    for stream, batch in batches:
+    for stream, batch, messages in batches:
+        broken.note(stream, messages, len(setup.rows[stream]))
         yield stream, distributed.to_devices(batch, setup.rows[stream], sharding, entries[stream].batch_size)
 
 

@@ -1,7 +1,6 @@
 """From a config and a folder to everything that the training loop needs; every check comes first."""
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,9 +15,10 @@ from ml_collections import ConfigDict
 
 from mmjax import api
 from mmjax import config as configs
-from mmjax.data import sources, text
+from mmjax.data import sources, text, vocabulary
 from mmjax.errors import UserError
 from mmjax.evaluators import Evaluation
+from mmjax.files import write_atomically
 from mmjax.sharding import distributed
 from mmjax.sharding.mesh import make_mesh
 from mmjax.sharding.rules import batch_sharding
@@ -27,6 +27,7 @@ from mmjax.training.checkpoint import saved_steps
 from mmjax.training.optimizer import in_steps, learning_rate_schedule, make_optimizer
 from mmjax.training.state import TrainState, make_state, state_shardings, with_shardings
 from mmjax.training.step import make_train_step
+from mmjax.validation import validate
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,8 @@ class Setup:
     config: ConfigDict
     workdir: Path
     mesh: Mesh
-    sources: Mapping[str, sources.Source]
+    sources: Mapping[str, Mapping[str, sources.Source]]
+    fingerprints: Mapping[str, Mapping[str, str]]
     tokenizer: text.Tokenizer
     rows: Mapping[str, np.ndarray]
     steps: int
@@ -53,15 +55,12 @@ def prepare(config: ConfigDict, workdir: Path) -> Setup:
     Raises:
       UserError: the config, the data or the workdir will not do.
     """
-    configs.validate(config, jax.device_count())
+    validate(config, jax.device_count())
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     _claim(workdir, config)
-    opened = {
-        name: sources.open_source(entry.source, entry.split, feedback.data_progress)
-        for name, entry in config.streams.items()
-    }
+    opened = {name: _open_stream(name, entry) for name, entry in config.streams.items()}
     evaluation = Evaluation(config.evaluators)
-    tokenizer = _tokenizer(config, workdir)
+    tokenizer = _tokenizer(config, workdir, opened)
     steps, schedule = _schedule(config, opened)
     module = api.make_module(config)
     with jax.set_mesh(mesh):
@@ -83,6 +82,9 @@ def prepare(config: ConfigDict, workdir: Path) -> Setup:
         workdir=workdir,
         mesh=mesh,
         sources=opened,
+        fingerprints={
+            name: {part: source.fingerprint for part, source in parts.items()} for name, parts in opened.items()
+        },
         tokenizer=tokenizer,
         rows={name: distributed.local_rows(sharding, entry.batch_size) for name, entry in config.streams.items()},
         steps=steps,
@@ -113,30 +115,40 @@ def _claim(workdir: Path, config: ConfigDict) -> None:
             raise UserError(f"cannot write into the workdir {workdir}: {error.strerror}") from error
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a small file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
+def _open_stream(name: str, entry: ConfigDict) -> dict[str, sources.Source]:
+    try:
+        return sources.open_stream(entry, feedback.data_progress)
+    except UserError as error:
+        raise UserError(f"config.streams.{name}: {error}") from error
 
 
-def _tokenizer(config: ConfigDict, workdir: Path) -> text.Tokenizer:
-    """The tokenizer of the config, or the one that the first stream's source comes with; copied into the workdir.
+def _tokenizer(config: ConfigDict, workdir: Path, opened: Mapping[str, Mapping[str, sources.Source]]) -> text.Tokenizer:
+    """The tokenizer of the config, or the one that the first stream's source comes with, or one learned from it.
+
+    It is copied into the workdir.
 
     Raises:
-      UserError: there is none, or its vocabulary is larger than the model's.
+      UserError: its vocabulary is larger than the model's, or it does not pad as the model expects.
     """
-    encoder, entry = config.model.encoders.text, next(iter(config.streams.values()))
-    path = encoder.tokenizer or sources.tokenizer_path(entry.source, entry.preprocess.languages)
+    encoder, (name, entry) = config.model.encoders.text, next(iter(config.streams.items()))
+    groups = tuple(entry.preprocess.captions)
+    path = encoder.tokenizer or sources.tokenizer_path(entry.source, groups)
     if path is None:
-        raise UserError(f"config.model.encoders.text.tokenizer: {entry.source} comes with none; name a tokenizer.json")
+        path = vocabulary.learn(opened[name], groups, encoder.vocab_size, feedback.data_progress)
     tokenizer = text.load(path)
+    if encoder.mask_padding and tokenizer.pad_id != encoder.pad_id:
+        raise UserError(
+            f"config.model.encoders.text.pad_id: {encoder.pad_id} is not the padding of {path}, {tokenizer.pad_id}"
+        )
     if tokenizer.vocab_size > encoder.vocab_size:
         raise UserError(
             f"config.model.encoders.text.vocab_size: {encoder.vocab_size} is less than the {tokenizer.vocab_size} "
             f"tokens of {path}"
         )
-    copy, content = workdir / f"tokenizer{Path(path).suffix}", Path(path).read_bytes()
+    if Path(path).is_dir():
+        copy, content = workdir / "tokenizer.mmjax.json", json.dumps(tokenizer.to_json()).encode()
+    else:
+        copy, content = workdir / f"tokenizer{Path(path).suffix}", Path(path).read_bytes()
     if saved_steps(workdir) and copy.exists() and copy.read_bytes() != content:
         raise UserError(f"{path} is not the tokenizer that the run in {workdir} was started with: {copy}")
     if jax.process_index() == 0:
@@ -144,10 +156,10 @@ def _tokenizer(config: ConfigDict, workdir: Path) -> text.Tokenizer:
     return tokenizer
 
 
-def _schedule(config: ConfigDict, opened: Mapping[str, sources.Source]) -> tuple[int, Callable]:
+def _schedule(config: ConfigDict, opened: Mapping[str, Mapping[str, sources.Source]]) -> tuple[int, Callable]:
     """How many steps the run has, and its learning rates; epochs and examples count the first stream's."""
     name, entry = next(iter(config.streams.items()))
-    records = len(opened[name])
+    records = sum(map(len, opened[name].values()))
     unit = next(unit for unit in configs.UNITS if config.train[unit])
     steps = in_steps(config.train[unit], unit, entry.batch_size, records)
     if steps < 1:

@@ -71,7 +71,7 @@ def test_a_damaged_file_is_noticed(openmoji_folder, tmp_path):
 def test_an_interrupted_build_leaves_nothing_that_looks_complete(tmp_path, monkeypatch):
     monkeypatch.setenv("MMJAX_CACHE", str(tmp_path))
 
-    def interrupt(items, total):
+    def interrupt(items, total, title):
         for index, item in enumerate(items):
             if index == 20:
                 raise KeyboardInterrupt

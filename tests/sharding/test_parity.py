@@ -28,7 +28,7 @@ def train(tmp_path, monkeypatch, shape, **changes):
     losses, sharding = [], batch_sharding(run.mesh)
     with jax.set_mesh(run.mesh):
         state = run.make_state()
-        for name, batch in pipeline.train_batches(config, run.sources, run.tokenizer, run.rows, 0, STEPS):
+        for name, batch, _ in pipeline.train_batches(config, run.sources, run.tokenizer, run.rows, 0, STEPS):
             batch = distributed.to_devices(batch, run.rows[name], sharding, 16)
             state, metrics = run.train_step(state, batch, ("contrastive",))
             losses.append(float(metrics["train/loss"]))

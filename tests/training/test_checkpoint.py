@@ -30,13 +30,13 @@ def test_the_latest_and_the_best_are_kept(run):
     with jax.set_mesh(run.mesh), Checkpoints(run.workdir, run.config) as checkpoints:
         state = run.make_state()
         for step, recall in ((1, 0.1), (2, 0.9), (3, 0.5), (4, 0.3)):
-            checkpoints.save(at_step(state, step), {}, {"eval/test/text_to_image_R@1": recall, "other": 1.0})
+            checkpoints.save(at_step(state, step), {}, {}, {"eval/test/text_to_image_R@1": recall, "other": 1.0})
             checkpoints.wait()
-        checkpoints.save(at_step(state, 5), {}, {})
+        checkpoints.save(at_step(state, 5), {}, {}, {})
     assert saved_steps(run.workdir) == [2, 5]
     with jax.set_mesh(run.mesh), Checkpoints(run.workdir, run.config) as checkpoints:  # as a resumed run does
         for step in (6, 7):
-            checkpoints.save(at_step(state, step), {}, {})
+            checkpoints.save(at_step(state, step), {}, {}, {})
             checkpoints.wait()
     assert saved_steps(run.workdir) == [2, 7]
 
@@ -44,7 +44,7 @@ def test_the_latest_and_the_best_are_kept(run):
 def test_a_state_comes_back_exactly_on_another_mesh(run, monkeypatch):
     with jax.set_mesh(run.mesh), Checkpoints(run.workdir, run.config) as checkpoints:
         state = run.make_state()
-        checkpoints.save(at_step(state, 3), run.tokenizer.to_json(), {})
+        checkpoints.save(at_step(state, 3), run.tokenizer.to_json(), run.fingerprints, {})
     config = run.config.copy_and_resolve_references()
     config.mesh.fsdp, config.mesh.tensor = 8, 1
     other = setup.prepare(config, run.workdir)
@@ -62,7 +62,7 @@ def test_a_state_comes_back_exactly_on_another_mesh(run, monkeypatch):
 
 def test_another_config_is_refused_and_the_keys_named(run):
     with jax.set_mesh(run.mesh), Checkpoints(run.workdir, run.config) as checkpoints:
-        checkpoints.save(at_step(run.make_state(), 1), {}, {})
+        checkpoints.save(at_step(run.make_state(), 1), {}, {}, {})
     changed = run.config.copy_and_resolve_references()
     changed.optimizer.b2, changed.seed = 0.9, 7
     with pytest.raises(

@@ -6,6 +6,7 @@ import pytest
 from mmjax import config as configs
 from mmjax.errors import UserError
 from mmjax.training.optimizer import in_steps, learning_rate_schedule, make_optimizer
+from mmjax.validation import SCHEDULES
 
 PARAMS = {
     "image": {"mlp": {"up": {"kernel": jnp.ones((2, 4, 4)), "bias": jnp.ones((2, 4))}}},
@@ -34,7 +35,7 @@ def test_durations_in_steps_examples_and_epochs():
     assert in_steps(2, "epochs", 256, 3584) == 28
 
 
-@pytest.mark.parametrize("name", configs.SCHEDULES)
+@pytest.mark.parametrize("name", SCHEDULES)
 def test_schedules_warm_up_and_decay(name):
     schedule = learning_rate_schedule(settings(schedule=name, learning_rate=1.0), 110, 10)
     np.testing.assert_allclose([schedule(0), schedule(5), schedule(10)], [0, 0.5, 1], atol=1e-6)

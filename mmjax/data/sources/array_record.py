@@ -1,43 +1,84 @@
 """ArrayRecord files in mmjax's own record layout (`mmjax.data.records`)."""
 
-import glob
+import hashlib
+import os
+import re
+from collections.abc import Callable, Iterable
 
-from array_record.python.array_record_data_source import ArrayRecordDataSource
-
+from mmjax import files
 from mmjax.data import records
-from mmjax.errors import UserError
+from mmjax.data.records import Fields
+from mmjax.errors import RecordError, UserError
+
+_BLOCK_BYTES = 2**16
 
 
 class ArrayRecordSource:
-    """Random access to the records of all files that match a pattern, in the order of their names."""
+    """The packed records of all files that a pattern names, in the order of the files."""
 
-    def __init__(self, pattern: str):
+    def __init__(
+        self,
+        location: str,
+        split: str = "",
+        fields: Fields | None = None,
+        root: str = "",
+        progress: Callable[[Iterable, int, str], Iterable] | None = None,
+    ):
         """Opens the files.
 
         Args:
-          pattern: a path with `*`, `?` and `[]`.
+          location: a pattern of files (`files.expand`).
+          split: not used.
+          fields: has to be empty: these records are complete.
+          root: not used.
+          progress: not used.
 
         Raises:
-          UserError: no file matches, or the first record has another layout.
+          UserError: no file matches, one is damaged or has another layout, or fields are mapped.
         """
-        self.paths = sorted(glob.glob(pattern))
-        if not self.paths:
-            raise UserError(f"no data at {pattern!r}: no such file, or the pattern matches none")
+        from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+        if fields not in (None, Fields()):
+            raise UserError(f"array_record:{location} holds records in mmjax's own layout: map no fields of it")
+        self.paths = files.expand(location)
+        for path in self.paths:
+            if re.search(r"\[\d+:\d+\]$", path):  # the reader would take it for a range of another file's records
+                raise UserError(f"{path} ends like a range of records: rename it")
+            _check(path)
         self._records = ArrayRecordDataSource(self.paths)
-        if len(self):
-            self[0]  # tells early where the layout is another one
+        ends = [_digest_of_end(path) for path in self.paths]
+        self.fingerprint = files.fingerprint("array_record", files.names_and_sizes(self.paths), ends)
 
     def __len__(self) -> int:
         return len(self._records)
 
     def __getitem__(self, index: int) -> dict:
-        data = self._records[index]
+        index = range(len(self))[index]
         try:
-            record = records.decode(data)
-            record["key"], record["image"], record["captions"], record["mirror"]
-        except (ValueError, TypeError, KeyError) as error:
-            raise UserError(
-                f"record {index} of {self.paths[0]} (and {len(self.paths) - 1} more files) has another layout than "
-                "mmjax/data/records.py describes"
-            ) from error
-        return record
+            return records.decode(self._records[index])
+        except (RuntimeError, ValueError, OSError) as error:
+            more = f" and {len(self.paths) - 1} more files" if len(self.paths) > 1 else ""
+            raise RecordError(f"record {index} of {self.paths[0]}{more}: {' '.join(str(error).split())}") from error
+
+
+def _digest_of_end(path: str) -> str:
+    """Of the block with every record's place. Files are filled up to whole blocks, so their sizes alone say little."""
+    with open(path, "rb") as file:
+        file.seek(-_BLOCK_BYTES, os.SEEK_END)
+        return hashlib.sha256(file.read()).hexdigest()
+
+
+def _check(path: str) -> None:
+    """Opens a file and its first record."""
+    from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+    try:
+        packed = ArrayRecordDataSource([path])
+        if len(packed):
+            records.decode(packed[0])
+    except RecordError as error:
+        raise UserError(
+            f"{path} holds no records as mmjax/data/records.py describes: {error}; write them with mmjax.prepare"
+        ) from error
+    except (RuntimeError, ValueError, OSError) as error:  # RuntimeError is the reader's own
+        raise UserError(f"{path} is no ArrayRecord file, or is damaged: {' '.join(str(error).split())}") from error

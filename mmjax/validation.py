@@ -1,0 +1,267 @@
+"""The checks of a config before data is opened or anything compiled."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from mmjax.config import (
+    ENCODERS,
+    EVALUATORS,
+    UNITS,
+    component,
+    default,
+    objective,
+    stream,
+    suggest,
+)
+from mmjax.errors import UserError
+
+SCHEDULES = ("cosine", "linear", "rsqrt", "constant")
+OPTIMIZERS = ("adamw", "adafactor", "lion", "muon")
+
+
+def validate(config: ConfigDict, device_count: int) -> None:
+    """Checks everything that can be known before data is opened or anything compiled.
+
+    Raises:
+      UserError: one line that names the key, and the nearest valid one where that helps.
+    """
+    _check_structure(config)
+    _check_names(config)
+    _check_model(config)
+    _check_training(config)
+    _check_mesh(config, device_count)
+
+
+def _check_structure(config: ConfigDict) -> None:
+    template = default()
+    for modality, encoder in config.model.encoders.items():
+        _one_of(modality, ENCODERS, f"model.encoders.{modality}")
+        template.model.encoders[modality] = ENCODERS[modality]()
+        _check_like(encoder, template.model.encoders[modality], f"model.encoders.{modality}")
+    for name, evaluator in config.evaluators.items():
+        _one_of(evaluator.get("kind", "?"), EVALUATORS, f"evaluators.{name}.kind")
+        template.evaluators[name] = EVALUATORS[evaluator.kind]()
+    template.objectives = {name: objective() for name in config.objectives}
+    template.streams = {name: stream() for name in config.streams}
+    for name, entry in config.streams.items():
+        if isinstance(entry.get("mixture"), ConfigDict):
+            template.streams[name].mixture = {part: component() for part in entry.mixture}
+    _check_like(config, template, "")
+
+
+def _check_like(given: ConfigDict, template: ConfigDict, prefix: str) -> None:
+    dot = f"{prefix}." if prefix else ""
+    for key in given:
+        if key not in template:
+            raise UserError(f"unknown key config.{dot}{key}; {suggest(key, template)}")
+        value, expected = given[key], template[key]
+        if isinstance(expected, ConfigDict) and isinstance(value, ConfigDict):
+            _check_like(value, expected, f"{dot}{key}")
+        elif type(value) is not type(expected) and not (isinstance(expected, float) and type(value) is int):
+            raise UserError(
+                f"config.{dot}{key}: expected {type(expected).__name__}, got {type(value).__name__} {value!r}"
+            )
+    for key in template:
+        if key not in given:
+            raise UserError(f"missing key config.{dot}{key}")
+
+
+def _check_names(config: ConfigDict) -> None:
+    from mmjax.data.augment import RESIZES
+    from mmjax.data.image import FOR_EVALUATION
+    from mmjax.data.pipeline import CAPTION_CHOICES
+    from mmjax.models.pooling import POOLINGS
+    from mmjax.models.transformer import REMAT_POLICIES
+    from mmjax.objectives import OBJECTIVES
+
+    _one_of(config.optimizer.name, OPTIMIZERS, "optimizer.name")
+    _one_of(config.optimizer.schedule, SCHEDULES, "optimizer.schedule")
+    _one_of(config.optimizer.unit, UNITS, "optimizer.unit")
+    _one_of(config.optimizer.first_moment_dtype, ("float32", "bfloat16"), "optimizer.first_moment_dtype")
+    _one_of(config.precision.params, ("float32",), "precision.params")
+    _one_of(config.precision.compute, ("auto", "float32", "bfloat16"), "precision.compute")
+    _one_of(config.train.best_mode, ("max", "min"), "train.best_mode")
+    for name, encoder in config.model.encoders.items():
+        _one_of(encoder.pooling, POOLINGS, f"model.encoders.{name}.pooling")
+        _one_of(encoder.remat, REMAT_POLICIES, f"model.encoders.{name}.remat")
+        if name == "image":
+            _one_of(encoder.position, ("learned", "sincos2d"), "model.encoders.image.position")
+            _one_of(encoder.resize, FOR_EVALUATION, "model.encoders.image.resize")
+    for name, entry in config.objectives.items():
+        _one_of(entry.kind, OBJECTIVES, f"objectives.{name}.kind")
+    for name, entry in config.streams.items():
+        for objective_name in entry.objectives:
+            _one_of(objective_name, config.objectives, f"streams.{name}.objectives")
+        _one_of(entry.preprocess.resize, RESIZES, f"streams.{name}.preprocess.resize")
+        _one_of(entry.preprocess.caption_choice, CAPTION_CHOICES, f"streams.{name}.preprocess.caption_choice")
+
+
+def _check_model(config: ConfigDict) -> None:
+    from mmjax.models import variants
+    from mmjax.models.multimodal import tower_size
+
+    missing = {"image", "text"} - set(config.model.encoders)
+    if missing:  # every objective and evaluator that there is compares the two
+        raise UserError(f"missing key config.model.encoders.{sorted(missing)[0]}: contrastive training needs it")
+    _at_least(config, "model.embed_dim", 1)
+    if config.model.logit_scale <= 0:
+        raise UserError(f"config.model.logit_scale: {config.model.logit_scale} is not positive")
+    for name, encoder in config.model.encoders.items():
+        key = f"model.encoders.{name}"
+        _at_least(config, f"{key}.unroll", 0)
+        try:
+            patch = variants.parse(encoder.variant)[1]
+        except UserError as error:
+            raise UserError(f"config.{key}.variant: {error}") from None
+        size = tower_size(encoder)
+        if min(size) < 1 or size.width % size.heads:
+            raise UserError(f"config.{key}.heads: {size.heads} heads do not divide width {size.width}")
+        if name == "image":
+            if not patch:
+                raise UserError(f'config.{key}.variant: "{encoder.variant}" names no patch size; write it like B/16')
+            if encoder.image_size < 1 or encoder.image_size % patch:
+                raise UserError(f"config.{key}.image_size: patch {patch} does not divide {encoder.image_size} pixels")
+            if encoder.position == "sincos2d" and size.width % 4:
+                raise UserError(f"config.{key}.width: sincos2d positions need a multiple of 4, not {size.width}")
+        elif encoder.length < 2:
+            raise UserError(f"config.{key}.length: {encoder.length} is too short for a token and its end")
+        if not encoder.projection and size.width != config.model.embed_dim:
+            raise UserError(
+                f"config.{key}.projection: without one, width {size.width} must equal model.embed_dim "
+                f"{config.model.embed_dim}"
+            )
+
+
+def _check_training(config: ConfigDict) -> None:
+    for part in ("objectives", "streams"):
+        if not config[part]:
+            raise UserError(f"config.{part} is empty: there is nothing to train")
+    lengths = {unit: config.train[unit] for unit in UNITS if config.train[unit]}
+    if len(lengths) != 1 or min(lengths.values()) < 0:
+        raise UserError(f"config.train: set exactly one of {', '.join(UNITS)} to a positive number, not {lengths}")
+    for key in ("train.microbatches", "train.log_every", "train.checkpoint_every", "train.max_to_keep"):
+        _at_least(config, key, 1)
+    for key in ("optimizer.learning_rate", "optimizer.warmup", "optimizer.weight_decay", "optimizer.grad_clip_norm"):
+        _at_least(config, key, 0)
+    for key, low in (("loader.threads", 1), ("loader.workers", 0), ("loader.prefetch", 1)):
+        _at_least(config, key, low)
+    if not 0 <= config.train.ema_decay < 1:
+        raise UserError(f"config.train.ema_decay: {config.train.ema_decay} is not in [0, 1)")
+    _at_least(config, "seed", 0)
+    for key in ("b1", "b2"):
+        if not 0 <= config.optimizer[key] < 1:
+            raise UserError(f"config.optimizer.{key}: {config.optimizer[key]} is not in [0, 1)")
+    best = config.train.best_metric.split("/")
+    if best != [""] and (len(best) != 3 or best[0] != "eval" or best[1] not in config.evaluators):
+        raise UserError(
+            f'config.train.best_metric: "{config.train.best_metric}" is not eval/EVALUATOR/METRIC; '
+            f"evaluators: {', '.join(config.evaluators) or 'none'}"
+        )
+    for name in config.evaluators:
+        _at_least(config, f"evaluators.{name}.every", 0)
+        _at_least(config, f"evaluators.{name}.batch_size", 1)
+    _share(config.loader.max_broken_fraction, "loader.max_broken_fraction")
+    for name in config.streams:
+        _check_stream(config, name)
+    for rule in config.optimizer.rules:
+        try:
+            pattern, learning_rate, weight_decay = rule
+            re.compile(pattern)
+            float(weight_decay), float(learning_rate or 0)
+        except (TypeError, ValueError, re.error) as error:
+            raise UserError(
+                f"config.optimizer.rules: {rule!r} is not (pattern, learning-rate multiplier or None, "
+                f"weight-decay multiplier): {error}"
+            ) from None
+
+
+def _check_stream(config: ConfigDict, name: str) -> None:
+    entry, key = config.streams[name], f"streams.{name}"
+    _at_least(config, f"{key}.batch_size", 1)
+    _positive(entry.weight, f"{key}.weight")
+    if bool(entry.mixture) == bool(entry.source):
+        raise UserError(f'config.{key}: set either source or mixture; with a mixture, source is ""')
+    for part_name, part in entry.mixture.items():
+        _at_least(config, f"{key}.mixture.{part_name}.weight", 0)
+        _positive(part.upsampling, f"{key}.mixture.{part_name}.upsampling")
+    preprocess, key = entry.preprocess, f"{key}.preprocess"
+    for share in ("mirror", "color_jitter_probability", "grayscale"):
+        _share(preprocess[share], f"{key}.{share}")
+    if not 0 < preprocess.crop_min_area <= 1:
+        raise UserError(f"config.{key}.crop_min_area: not in (0, 1]")
+    if preprocess.crop_max_aspect < 1:
+        raise UserError(f"config.{key}.crop_max_aspect: less than 1")
+    jitter = preprocess.color_jitter
+    if len(jitter) != 4 or min(jitter) < 0 or jitter[3] > 0.5:
+        raise UserError(
+            f"config.{key}.color_jitter: {jitter} is not (brightness, contrast, saturation, hue), hue at most 0.5"
+        )
+    _at_least(config, f"{key}.rand_augment_layers", 0)
+    if not 0 <= preprocess.rand_augment_magnitude <= 30:
+        raise UserError(f"config.{key}.rand_augment_magnitude: not in 0 to 30")
+    weights = preprocess.caption_weights
+    if weights and (len(weights) != len(preprocess.captions) or min(weights) < 0 or sum(weights) <= 0):
+        raise UserError(f"config.{key}.caption_weights: one for each of captions, none negative, not all 0")
+    if weights and preprocess.caption_choice != "random":
+        raise UserError(f"config.{key}.caption_weights: only caption_choice random has a use for them")
+    longest = config.model.encoders.text.length
+    if not (preprocess.text_length == 0 or 2 <= preprocess.text_length <= longest):
+        raise UserError(
+            f"config.{key}.text_length: {preprocess.text_length} is neither 0 nor between 2 and "
+            f"model.encoders.text.length {longest}"
+        )
+
+
+def _check_mesh(config: ConfigDict, device_count: int) -> None:
+    from mmjax.models.multimodal import tower_size
+    from mmjax.sharding.mesh import mesh_shape
+
+    data, fsdp, tensor = mesh_shape((config.mesh.data, config.mesh.fsdp, config.mesh.tensor), device_count)
+    rows = data * fsdp
+    for name, entry in config.streams.items():
+        if entry.batch_size % (rows * config.train.microbatches):
+            raise UserError(
+                f"config.streams.{name}.batch_size: {entry.batch_size} is not divisible by mesh.data {data} x "
+                f"mesh.fsdp {fsdp} x train.microbatches {config.train.microbatches}"
+            )
+    for name, entry in config.evaluators.items():
+        if entry.batch_size % rows:
+            raise UserError(
+                f"config.evaluators.{name}.batch_size: {entry.batch_size} is not divisible by mesh.data {data} x "
+                f"mesh.fsdp {fsdp}"
+            )
+    for name, encoder in config.model.encoders.items():
+        size = tower_size(encoder)
+        split = {"heads": (size.heads, "tensor", tensor), "mlp_dim": (size.mlp_dim, "tensor", tensor)}
+        split["width"] = (size.width, "fsdp", fsdp)
+        if name == "text":
+            split["vocab_size"] = (encoder.vocab_size, "tensor", tensor)
+        for key, (value, axis, count) in split.items():
+            if value % count:
+                raise UserError(f"config.model.encoders.{name}.{key}: {value} is not divisible by mesh.{axis} {count}")
+
+
+def _one_of(value: str, known: Mapping | ConfigDict | tuple, key: str) -> None:
+    if value not in known:
+        raise UserError(f'config.{key}: unknown "{value}"; {suggest(value, known)}')
+
+
+def _share(value: float, key: str) -> None:
+    if not 0 <= value <= 1:
+        raise UserError(f"config.{key}: {value} is not in [0, 1]")
+
+
+def _positive(value: float, key: str) -> None:
+    if value <= 0:
+        raise UserError(f"config.{key}: {value} is not positive")
+
+
+def _at_least(config: ConfigDict, key: str, low: float) -> None:
+    node: Any = config
+    for part in key.split("."):
+        node = node[part]
+    if node < low:
+        raise UserError(f"config.{key}: {node} is less than {low}")

@@ -1,0 +1,107 @@
+"""The same batches, whoever loads them: every format, and a mixture of them all."""
+
+import numpy as np
+import pytest
+from absl import flags
+
+from mmjax import config as configs
+from mmjax.data import pipeline, sources, text
+from tests import tiny
+from tests.data import samples
+
+flags.FLAGS.mark_as_parsed()  # grain's worker processes ask for it
+KINDS = ("folder", "jsonl", "csv", "webdataset", "parquet", "arrow", "array_record", "tfds")
+STEPS = 7  # of 16 rows: nearly four epochs
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    return samples.write_all(tmp_path_factory.mktemp("samples"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MMJAX_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    path = tmp_path_factory.mktemp("bpe") / "tokenizer.json"
+    text.train_bpe([caption for number in range(samples.COUNT) for caption in samples.captions(number)], 300, path)
+    return text.load(path)
+
+
+def config_of(written, kinds):
+    config = tiny.get_config()
+    config.streams.train.preprocess.captions = ()
+    config.streams.train.preprocess.caption_choice = "cycle"
+    if len(kinds) == 1:
+        config.streams.train.source, config.streams.train.split = written[kinds[0]], "train"
+    else:
+        config.streams.train.source = ""
+        config.streams.train.mixture = {
+            kind: configs.component(source=written[kind], upsampling=1.0 + number) for number, kind in enumerate(kinds)
+        }
+    return config
+
+
+def drawn(config, tokenizer, start=0, rows=range(16), **loader):
+    config.loader.update(loader)
+    opened = {"train": sources.open_stream(config.streams.train)}
+    batches = pipeline.train_batches(config, opened, tokenizer, {"train": np.array(rows)}, start, STEPS)
+    return [(batch["image"], batch["text"]) for _, batch, _ in batches]
+
+
+def assert_equal(one, two):
+    assert len(one) == len(two)
+    for (image, ids), (other_image, other_ids) in zip(one, two, strict=True):
+        np.testing.assert_array_equal(image, other_image)
+        np.testing.assert_array_equal(ids, other_ids)
+
+
+def assert_deterministic(config, tokenizer, whole):
+    for count in (2, 4):  # as many processes, each with its rows
+        parts = [drawn(config, tokenizer, rows=range(part, 16, count)) for part in range(count)]
+        for part, batches in enumerate(parts):
+            assert_equal(batches, [(image[part::count], ids[part::count]) for image, ids in whole])
+    assert_equal(drawn(config, tokenizer, start=3, threads=5), whole[3:])
+    # Resumed by four processes.
+    assert_equal(drawn(config, tokenizer, start=5, rows=range(1, 16, 4)), [(i[1::4], t[1::4]) for i, t in whole[5:]])
+
+
+def test_every_format_gives_the_same_records(written):
+    opened = {kind: sources.open_source(source, "train") for kind, source in written.items()}
+    for kind, source in opened.items():
+        assert len(source) == samples.COUNT, kind
+        for number in range(samples.COUNT):
+            record = source[number]
+            assert record["image"] == samples.png(number), kind
+            wanted = samples.captions(number)[: 1 if kind == "csv" else None]
+            assert [caption for texts in record["captions"].values() for caption in texts] == wanted, kind
+            assert record["label"] == samples.label(number) and record["mirror"], kind
+    assert len({source.fingerprint for source in opened.values()}) == len(KINDS)
+    assert {source.fingerprint for source in opened.values()} == {
+        sources.open_source(source, "train").fingerprint for source in written.values()
+    }
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_source_gives_the_same_batches_to_any_number_of_processes_and_after_a_resume(written, tokenizer, kind):
+    config = config_of(written, [kind])
+    whole = drawn(config, tokenizer)
+    assert len({image.tobytes() for image, _ in whole}) == STEPS
+    assert_deterministic(config, tokenizer, whole)
+
+
+@pytest.mark.slow
+def test_a_mixture_of_every_source_gives_the_same_batches_to_any_number_of_workers(written, tokenizer):
+    config = config_of(written, KINDS)
+    whole = drawn(config, tokenizer)
+    assert_deterministic(config, tokenizer, whole)
+    for workers in (1, 2, 4):
+        assert_equal(drawn(config, tokenizer, workers=workers), whole)
+    assert_equal(
+        drawn(config, tokenizer, start=2, rows=range(0, 16, 2), workers=2), [(i[::2], t[::2]) for i, t in whole[2:]]
+    )
