@@ -76,7 +76,7 @@ def overrides(arguments: argparse.Namespace) -> list[str]:
     """The recipe's settings that the command line changes."""
     changed = [f"--config.seed={arguments.seed}"]
     if arguments.steps:
-        changed += [f"--config.train.steps={arguments.steps}", f"--config.optimizer.warmup={arguments.steps / 15}"]
+        changed += [f"--config.train.steps={arguments.steps}", f"--config.optimizer.warmup={arguments.steps / 13}"]
     return changed
 
 
@@ -105,7 +105,7 @@ def open_clip_peer(arguments: argparse.Namespace) -> dict[str, float]:
 
     config = load_recipe(str(ROOT / "configs" / "flickr8k.py") + f":data={arguments.data.resolve()}")
     steps = arguments.steps or config.train.steps
-    warmup = steps / 15 if arguments.steps else config.optimizer.warmup
+    warmup = steps / 13 if arguments.steps else config.optimizer.warmup
     torch.manual_seed(arguments.seed)
     torch.set_num_threads(os.cpu_count() or 1)
     model = open_clip_model(config)

@@ -45,10 +45,10 @@ def get_config(arg=None):
     preprocess.color_jitter = (0.3, 0.3, 0.3, 0.05)
     config.optimizer.learning_rate = 1e-3
     config.optimizer.weight_decay = 0.2
-    config.optimizer.warmup = 200.0
-    config.train.steps = 3000
-    config.train.checkpoint_every = 500
-    config.evaluators.dev = configs.retrieval(source=tar, split="dev", every=500, contact_sheet=True)
+    config.optimizer.warmup = 100.0
+    config.train.steps = 1300
+    config.train.checkpoint_every = 650
+    config.evaluators.dev = configs.retrieval(source=tar, split="dev", every=650, contact_sheet=True)
     if arg == "smoke":
         config.train.steps = 4
         config.train.log_every = 1
