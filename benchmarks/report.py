@@ -13,7 +13,17 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-PACKAGES = {"jax": "jax", "flax": "flax", "torch": "torch", "open_clip": "open_clip_torch"}
+PACKAGES = {
+    "jax": "jax",
+    "flax": "flax",
+    "grain": "grain",
+    "simplejpeg": "simplejpeg",
+    "opencv": "opencv-python-headless",
+    "torch": "torch",
+    "torchvision": "torchvision",
+    "open_clip": "open_clip_torch",
+    "tensorflow": "tensorflow",
+}
 
 
 def print_table(metrics: Mapping[str, float], title: str | None = None) -> None:

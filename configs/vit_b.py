@@ -26,17 +26,16 @@ def get_config(arg=None):
     config.model.encoders.image = configs.image_encoder(variant="B/16", image_size=224, pooling="map", projection=False)
     config.model.encoders.text = configs.text_encoder(variant="B", vocab_size=32_000, length=64, pooling="last")
     config.objectives.contrastive = configs.objective(kind="sigmoid")
-    config.streams.train = configs.stream(batch_size=1024)
+    config.streams.train = configs.stream(source="openmoji:en", batch_size=1024)
     config.streams.train.preprocess.crop_min_area = 1.0
     config.streams.train.preprocess.mirror = 0.0
-    config.streams.train.preprocess.captions = ("en",)
     config.optimizer.learning_rate = 1e-3
     config.optimizer.weight_decay = 1e-4
     config.optimizer.b2 = 0.95
     config.optimizer.schedule = "cosine"
     config.optimizer.warmup = 200.0
     config.train.steps = 2000
-    config.evaluators.test = configs.retrieval(every=500, captions=("en",), contact_sheet=True)
+    config.evaluators.test = configs.retrieval(source="openmoji:en", every=500, contact_sheet=True)
     if arg == "smoke":
         config.streams.train.batch_size = 8
         config.optimizer.warmup = 1.0

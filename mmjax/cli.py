@@ -1,6 +1,5 @@
 """What the programs share: flags, and errors in one line with exit code 2."""
 
-import errno
 import logging
 import os
 import re
@@ -15,9 +14,8 @@ from absl import logging as absl_logging
 from ml_collections import ConfigDict
 
 from mmjax import config as configs
-from mmjax.errors import EXIT_USER_ERROR, UserError
-
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+from mmjax.errors import EXIT_USER_ERROR, UserError, one_line
+from mmjax.files import NO_SPACE
 
 
 def run(
@@ -45,12 +43,12 @@ def run(
         arguments = _parse(argv, positional)
         return main(arguments) if positional else main()
     except (UserError, OSError) as error:
-        if debug or not (isinstance(error, UserError) or error.errno in _NO_SPACE):
+        if debug or not (isinstance(error, UserError) or error.errno in NO_SPACE):
             traceback.print_exc()
         if isinstance(error, UserError):
             print(f"error: {error}", file=sys.stderr)
             return EXIT_USER_ERROR
-        if error.errno in _NO_SPACE:
+        if error.errno in NO_SPACE:
             print(f"error: no space left on the disk, writing {error.filename or 'run or cache'}", file=sys.stderr)
             return EXIT_USER_ERROR
         return 1
@@ -90,7 +88,7 @@ def _parse(argv: list[str], positional: Sequence[str]) -> list[str]:
             f"unknown flag --{error.flagname}; {configs.suggest(error.flagname, [*_own_flags()])}"
         ) from error
     except (flags.Error, TypeError, ValueError) as error:
-        raise UserError(" ".join(str(error).split())) from error
+        raise UserError(one_line(error)) from error
     arguments = rest[1:]
     if len(arguments) > len(positional):
         raise UserError(f'unexpected argument "{arguments[len(positional)]}"; flags are written --name=value')

@@ -6,6 +6,7 @@ evaluators with the functions below. `docs/configs.md` explains every key.
 
 import difflib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -26,6 +27,8 @@ RESUMABLE_WITH_CHANGED = (
     "train.best_metric",
     "train.best_mode",
 )
+# Where the data lie: their fingerprints decide whether they are the same.
+_PLACE = re.compile(r"streams\.[^.]+\.(mixture\.[^.]+\.)?(source|root)")
 
 
 def default() -> ConfigDict:
@@ -205,7 +208,8 @@ def differing_keys(saved: Mapping[str, Any], new: Mapping[str, Any]) -> list[str
     """The dotted keys whose values differ and would change the result of a resumed run."""
     old, new = dict(flatten(saved)), dict(flatten(new))
     differing = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
-    return [key for key in differing if not f"{key}.".startswith(tuple(f"{k}." for k in RESUMABLE_WITH_CHANGED))]
+    unimportant = tuple(f"{key}." for key in RESUMABLE_WITH_CHANGED)
+    return [key for key in differing if not f"{key}.".startswith(unimportant) and not _PLACE.fullmatch(key)]
 
 
 def suggest(name: str, known: Mapping | ConfigDict | tuple | list) -> str:

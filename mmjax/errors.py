@@ -16,3 +16,8 @@ class RecordError(UserError):
 
     The message names the record. Training puts another record in its place and counts it (`mmjax.data.pipeline`).
     """
+
+
+def one_line(error: Exception) -> str:
+    """The start of another library's message, without line breaks: for the end of one of ours."""
+    return " ".join(str(error).split())[:300] or type(error).__name__

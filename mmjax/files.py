@@ -1,20 +1,32 @@
 """Files: finding them, reading them within limits, writing them whole."""
 
+import errno
 import functools
 import glob
 import hashlib
 import os
 import re
 import stat
-from collections.abc import Iterator, Sequence
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
-from mmjax.errors import RecordError, UserError
+from mmjax.errors import RecordError, UserError, one_line
+
+# `progress(items, total, title)` wraps an iteration over `items` to show how far it is.
+Progress = Callable[[Iterable, int, str], Iterable]
 
 MAX_FILE_BYTES = 256 * 2**20  # of one image or one caption file
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 _MAX_EXPANSION = 10_000_000
+
+
+def silent(items: Iterable, total: int, title: str) -> Iterable:
+    """A `Progress` that shows nothing."""
+    return items
 
 
 def cache_root() -> Path:
@@ -22,14 +34,42 @@ def cache_root() -> Path:
     return Path(os.environ.get("MMJAX_CACHE") or Path.home() / ".cache" / "mmjax")
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a file whole or not at all; the folder has to exist."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+def cache_folder(*names: str) -> Path:
+    """A folder in the cache, made where it is not there yet.
+
+    Raises:
+      UserError: it cannot be written.
+    """
+    folder = cache_root().joinpath(*names)
     try:
-        temporary.write_bytes(content)
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise UserError(
+            f"cannot write the data cache {folder}: {error.strerror}; set MMJAX_CACHE to a folder of yours"
+        ) from error
+    return folder
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Gives a name to write to; it becomes `path` at the end, or vanishes where an exception comes out.
+
+    Other processes, on other hosts too, may do the same at the same time: each has a name of its own.
+    """
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        yield temporary
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Writes a file whole or not at all; the folder has to exist."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
 
 
 def expand(pattern: str) -> list[str]:
@@ -49,11 +89,16 @@ def expand(pattern: str) -> list[str]:
     found = []
     for part in pattern.split("::"):
         for name in _expand_braces(part):
-            matches = _remote(name) if "://" in name else sorted(glob.glob(name))
+            matches = _remote(name) if "://" in name else _local(name)
             if not matches:
                 raise UserError(f"no data at {name!r}: no such file, or the pattern matches none")
             found.extend(matches)
     return found
+
+
+def _local(name: str) -> list[str]:
+    name = os.path.expanduser(name)
+    return [name] if os.path.exists(name) else sorted(glob.glob(name))
 
 
 def fingerprint(*parts: object) -> str:
@@ -66,27 +111,29 @@ def names_and_sizes(paths: Sequence[str]) -> list[tuple[str, int]]:
     return [(os.path.basename(path), os.path.getsize(path)) for path in paths]
 
 
-def read_inside(root: str, name: str) -> bytes:
+def read_inside(root: str, name: str, limit: int | None = None) -> bytes:
     """Reads the file `name`, a path relative to `root` or absolute, of a list that may be hostile.
 
     Raises:
-      RecordError: it is missing, leads out of `root`, is no regular file, or has over MAX_FILE_BYTES.
+      RecordError: it is missing, leads out of `root`, is no regular file, or has more bytes than `limit`, which by
+        default is MAX_FILE_BYTES.
     """
+    limit = MAX_FILE_BYTES if limit is None else limit
     try:
         real_root = _real(root)
         path = os.path.realpath(os.path.join(real_root, name))
         if os.path.commonpath([real_root, path]) != real_root:
-            raise RecordError(f"{name!r} leads out of {root}; name another root to allow it")
+            raise RecordError(f"{name!r} leads out of {root}; set `root` to a folder that it lies in")
         # Not blocking: a named pipe without a writer would hang.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         try:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode):
                 raise RecordError(f"{path} is no regular file")
-            if status.st_size > MAX_FILE_BYTES:
-                raise RecordError(f"{path} has {status.st_size:,} bytes, more than {MAX_FILE_BYTES:,}")
+            if status.st_size > limit:
+                raise RecordError(f"{path} has {status.st_size:,} bytes, more than {limit:,}")
             with open(descriptor, "rb", closefd=False) as file:
-                return file.read(MAX_FILE_BYTES)
+                return file.read(limit)
         finally:
             os.close(descriptor)
     except OSError as error:
@@ -112,9 +159,10 @@ def _expand_braces(pattern: str) -> Iterator[str]:
     counted = _RANGE.fullmatch(match[1])
     if counted:
         first, last = int(counted[1]), int(counted[2])
-        if last - first >= _MAX_EXPANSION:
+        if abs(last - first) >= _MAX_EXPANSION:
             raise UserError(f"{pattern!r} names more than {_MAX_EXPANSION:,} files")
-        options: Iterator[str] = (str(number).zfill(len(counted[1])) for number in range(first, last + 1))
+        step = 1 if first <= last else -1
+        options: Iterator[str] = (str(number).zfill(len(counted[1])) for number in range(first, last + step, step))
     else:
         options = iter(match[1].split(","))
     for option in options:
@@ -129,24 +177,20 @@ def _remote(address: str) -> list[str]:
     scheme = address.partition("://")[0]
     try:
         system, path = fsspec.core.url_to_fs(address)
-        names = sorted(system.glob(path)) if glob.has_magic(path) else [path] * system.exists(path)
+        is_pattern = glob.has_magic(path) and not scheme.startswith("http")  # a "?" begins a query there
+        names = sorted(system.glob(path)) if is_pattern else [path] * system.exists(path)
         return [_copy(system, scheme, name) for name in names]
-    except (ImportError, ValueError) as error:  # fsspec names the package that is missing, or the unknown scheme
-        raise UserError(f"cannot read {address!r}: {error}") from error
-    except OSError as error:
-        raise UserError(f"cannot read {address!r}: {error.strerror or error}") from error
+    except Exception as error:  # of the kinds that fsspec's packages raise there is no list
+        if isinstance(error, UserError) or (isinstance(error, OSError) and error.errno in NO_SPACE):
+            raise
+        raise UserError(f"cannot read {address!r}: {one_line(error)}") from error
 
 
 def _copy(system, scheme: str, name: str) -> str:
     details = system.info(name)
     version = fingerprint(scheme, name, [str(details.get(key)) for key in ("size", "etag", "ETag", "mtime", "md5Hash")])
-    target = cache_root() / "remote" / version / name.rstrip("/").rpartition("/")[2]
+    target = cache_folder("remote", version) / name.rstrip("/").rpartition("/")[2]
     if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{target.name}.{os.getpid()}")
-        try:
+        with replacing(target) as temporary:
             system.get_file(name, str(temporary))
-            os.replace(temporary, target)
-        finally:
-            temporary.unlink(missing_ok=True)
     return str(target)

@@ -51,6 +51,7 @@ _NEAR_DISTANCE = flags.DEFINE_integer(
 )
 _EXCLUDE = flags.DEFINE_multi_string("exclude", [], "a source whose images are dropped; may be given several times")
 _EXCLUDE_SPLIT = flags.DEFINE_multi_string("exclude_split", [], "its split; one for all of them, or one for each")
+_EXCLUDE_ROOT = flags.DEFINE_multi_string("exclude_root", [], "its --root; one for all of them, or one for each")
 _RUNNER = flags.DEFINE_string("runner", "DirectRunner", "the Apache Beam runner")
 _BEAM_OPTIONS = flags.DEFINE_string("beam_options", "", "options for Beam and its runner, as on a command line")
 _WORKERS = flags.DEFINE_integer("workers", 0, "threads of the DirectRunner; 0: one for each core")
@@ -83,16 +84,14 @@ def main(arguments: list[str]) -> int:
 def _settings(source: str, out: Path):
     from mmjax.data.preparation_plan import Settings
 
-    splits = _EXCLUDE_SPLIT.value or [""]
-    if len(splits) not in (1, len(_EXCLUDE.value)):
-        raise UserError(f"--exclude_split: {len(splits)} of them for {len(_EXCLUDE.value)} times --exclude")
-    splits = splits * len(_EXCLUDE.value) if len(splits) == 1 else splits
+    splits = _for_each_exclude("exclude_split", _EXCLUDE_SPLIT.value)
+    roots = _for_each_exclude("exclude_root", _EXCLUDE_ROOT.value)
     return Settings(
         source=source,
         split=_SPLIT.value,
         fields=_fields(_FIELDS.value),
         root=_ROOT.value,
-        exclude=tuple(zip(_EXCLUDE.value, splits, strict=True)),
+        exclude=tuple(zip(_EXCLUDE.value, splits, roots, strict=True)),
         name=_NAME.value or re.sub(r"\W", "_", out.resolve().name) or "dataset",
         out_split=_OUT_SPLIT.value,
         shards=_SHARDS.value,
@@ -104,6 +103,13 @@ def _settings(source: str, out: Path):
         keep_uncaptioned=_KEEP_UNCAPTIONED.value,
         near_distance=_NEAR_DISTANCE.value,
     )
+
+
+def _for_each_exclude(flag: str, values: list[str]) -> list[str]:
+    count = len(_EXCLUDE.value)
+    if len(values) not in (0, 1, count):
+        raise UserError(f"--{flag}: {len(values)} of them for {count} times --exclude")
+    return values if len(values) == count else (values or [""]) * count
 
 
 def _fields(pairs: list[str]):

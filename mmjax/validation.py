@@ -19,6 +19,9 @@ from mmjax.config import (
 from mmjax.errors import UserError
 
 SCHEDULES = ("cosine", "linear", "rsqrt", "constant")
+# What tuples hold.
+_ELEMENTS = {"captions": str, "objectives": str, "caption_weights": (int, float), "color_jitter": (int, float)}
+_ELEMENTS_NAMED = {key: "names" if kind is str else "numbers" for key, kind in _ELEMENTS.items()}
 OPTIMIZERS = ("adamw", "adafactor", "lion", "muon")
 
 
@@ -64,6 +67,8 @@ def _check_like(given: ConfigDict, template: ConfigDict, prefix: str) -> None:
             raise UserError(
                 f"config.{dot}{key}: expected {type(expected).__name__}, got {type(value).__name__} {value!r}"
             )
+        elif key in _ELEMENTS and not all(isinstance(item, _ELEMENTS[key]) for item in value):
+            raise UserError(f"config.{dot}{key}: {value!r} holds something else than {_ELEMENTS_NAMED[key]}")
     for key in template:
         if key not in given:
             raise UserError(f"missing key config.{dot}{key}")
@@ -184,6 +189,9 @@ def _check_stream(config: ConfigDict, name: str) -> None:
     _positive(entry.weight, f"{key}.weight")
     if bool(entry.mixture) == bool(entry.source):
         raise UserError(f'config.{key}: set either source or mixture; with a mixture, source is ""')
+    weights = [part.weight > 0 for part in entry.mixture.values()]
+    if any(weights) and not all(weights):
+        raise UserError(f"config.{key}.mixture: give every component a weight, or none (then sizes decide)")
     for part_name, part in entry.mixture.items():
         _at_least(config, f"{key}.mixture.{part_name}.weight", 0)
         _positive(part.upsampling, f"{key}.mixture.{part_name}.upsampling")

@@ -30,6 +30,11 @@ def test_vit_b_is_the_published_siglip_recipe():
     assert (config.objectives.contrastive.kind, config.optimizer.schedule) == ("sigmoid", "cosine")
 
 
+def mix(config, **weights):
+    config.streams.train.source = ""
+    config.streams.train.mixture = {name: configs.component(weight=weight) for name, weight in weights.items()}
+
+
 MISTAKES = [
     (lambda c: c.optimizer.__setattr__("name", "adam"), 'config.optimizer.name: unknown "adam"; did you mean "adamw"?'),
     (lambda c: c.model.encoders.image.__setattr__("image_size", 30), "patch 14 does not divide 30 pixels"),
@@ -53,6 +58,12 @@ MISTAKES = [
     (lambda c: c.streams.train.preprocess.__setattr__("text_length", 9), "text_length: 9 is neither 0 nor between 2"),
     (lambda c: c.streams.train.__setattr__("source", ""), "set either source or mixture"),
     (lambda c: c.streams.train.mixture.__setattr__("a", configs.component()), "set either source or mixture"),
+    (
+        lambda c: c.streams.train.preprocess.__setattr__("color_jitter", (0.1, 0.1, "a", 0.0)),
+        "color_jitter: (0.1, 0.1, 'a', 0.0) holds something else than numbers",
+    ),
+    (lambda c: c.streams.train.fields.__setattr__("captions", (1,)), "fields.captions: (1,) holds something else"),
+    (lambda c: mix(c, a=0.0, b=2.0), "streams.train.mixture: give every component a weight, or none"),
     (lambda c: c.loader.__setattr__("max_broken_fraction", 1.5), "loader.max_broken_fraction: 1.5 is not in [0, 1]"),
     (lambda c: c.model.encoders.image.__setattr__("resize", "crop"), 'did you mean "center_crop"?'),
     (lambda c: c.evaluators.test.__setattr__("batch_size", 81), "config.evaluators.test.batch_size: 81"),
@@ -94,6 +105,8 @@ def test_a_saved_config_comes_back_equal():
 def test_only_keys_that_change_the_result_count_as_another_config():
     old, new = configs.to_plain(tiny.get_config()), tiny.get_config()
     new.mesh.fsdp = 4
+    new.streams.train.source = "array_record:/moved/to"
+    new.streams.train.root = "/moved"
     new.loader.workers = 2
     new.train.log_every = 7
     assert configs.differing_keys(old, configs.to_plain(new)) == []

@@ -1,4 +1,5 @@
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,9 @@ def test_patterns_expand_as_in_a_shell(tmp_path):
 
     assert names(["a-{008..010}.tar"]) == ["a-008.tar", "a-009.tar", "a-010.tar"]
     assert names(["{c,b}.tar"]) == ["c.tar", "b.tar"]
+    assert names(["a-{010..008}.tar"]) == ["a-010.tar", "a-009.tar", "a-008.tar"]
+    (tmp_path / "odd[1].tar").write_text("")
+    assert names(["odd[1].tar"]) == ["odd[1].tar"]
     assert names(["?.tar", "a-*.tar"]) == ["b.tar", "c.tar", "a-008.tar", "a-009.tar", "a-010.tar"]
     with pytest.raises(UserError, match=r"no data at '.*a-011.tar': no such file"):
         names(["a-{008..011}.tar"])
@@ -63,6 +67,22 @@ def test_only_regular_files_inside_the_root_are_read(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "MAX_FILE_BYTES", 5)
     with pytest.raises(RecordError, match="has 6 bytes, more than 5"):
         files.read_inside(str(root), "below/file")
+
+
+def test_many_writers_of_one_file_at_once(tmp_path):
+    def write(number):
+        files.write_atomically(tmp_path / "file", bytes([number]) * 100_000)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(write, range(40)))
+    assert len(set((tmp_path / "file").read_bytes())) == 1 and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MMJAX_CACHE", str(tmp_path / "file"))
+    with pytest.raises(UserError, match="cannot write the data cache .*/file/x: .*; set MMJAX_CACHE"):
+        files.cache_folder("x")
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):

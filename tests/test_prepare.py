@@ -99,7 +99,7 @@ DROPPED = {
 def prepared(messy, tmp_path_factory):
     source, evaluation, _ = messy
     out = tmp_path_factory.mktemp("prepared") / "out"
-    manifest, was_there = preparation.prepare(Settings(source, exclude=((evaluation, ""),), **SETTINGS), out)
+    manifest, was_there = preparation.prepare(Settings(source, exclude=((evaluation, "", ""),), **SETTINGS), out)
     assert not was_there
     return out, manifest
 
@@ -173,10 +173,10 @@ def test_a_finished_folder_is_left_alone_and_another_preparation_refused(messy, 
     source, evaluation, _ = messy
     out, manifest = prepared
     before = {path: path.stat().st_mtime_ns for path in out.iterdir() if path.is_file()}
-    same = Settings(source, exclude=((evaluation, ""),), **SETTINGS)
+    same = Settings(source, exclude=((evaluation, "", ""),), **SETTINGS)
     assert preparation.prepare(same, out) == (manifest, True)
     with pytest.raises(UserError, match="was begun with shards 4, not 5"):
-        preparation.prepare(Settings(source, exclude=((evaluation, ""),), **SETTINGS | {"shards": 5}), out)
+        preparation.prepare(Settings(source, exclude=((evaluation, "", ""),), **SETTINGS | {"shards": 5}), out)
     with pytest.raises(UserError, match="was begun with exclude "):
         preparation.prepare(Settings(source, **SETTINGS), out)
     with (out / ".prepare" / "lock").open("w") as lock, pytest.raises(UserError, match="another process is preparing"):
@@ -205,7 +205,7 @@ def test_a_lost_shard_is_written_again(messy, tmp_path):
 )
 def test_settings_decide_what_is_dropped(messy, tmp_path, changes, kept):
     source, evaluation, stays = messy
-    settings = Settings(source, exclude=((evaluation, ""),), **SETTINGS | changes)
+    settings = Settings(source, exclude=((evaluation, "", ""),), **SETTINGS | changes)
     preparation.prepare(settings, tmp_path / "out")
     original, written = open_source(source), open_source(f"array_record:{tmp_path}/out/*.array_record*")
     keys = [original[index]["key"] for index in sorted({*stays, *kept})]
@@ -222,6 +222,20 @@ def test_large_images_are_shrunk_and_small_ones_keep_their_bytes(tmp_path):
     expected = cv2.resize(image.decode(large), (85, 64), interpolation=cv2.INTER_AREA)
     assert np.abs(shrunk.astype(int) - expected).mean() < 4
     assert written[1]["image"] == small
+
+
+def test_an_excluded_source_needs_images_that_can_be_read(tmp_path):
+    data, evaluation = JsonLines(tmp_path / "data"), JsonLines(tmp_path / "evaluation")
+    data.add(scene(1))
+    data.add(scene(2))
+    evaluation.add(scene(2))
+    (tmp_path / "lists").mkdir()
+    path = tmp_path / "lists" / "list.jsonl"
+    path.write_bytes((evaluation.folder / "list.jsonl").read_bytes() if evaluation.source else b"")
+    with pytest.raises(UserError, match="no image of the excluded source jsonl:.* can be read: cannot read '000.jpg'"):
+        preparation.prepare(Settings(data.source, exclude=((f"jsonl:{path}", "", ""),)), tmp_path / "out")
+    settings = Settings(data.source, exclude=((f"jsonl:{path}", "", str(evaluation.folder)),))
+    assert preparation.prepare(settings, tmp_path / "other")[0]["out"] == 1
 
 
 def test_nothing_left_and_folders_that_cannot_be_used(messy, tmp_path):
@@ -254,7 +268,7 @@ def test_data_that_changes_between_scan_and_writing_is_told_in_one_line(tmp_path
 def test_a_scan_goes_on_where_it_was_stopped(messy, prepared, tmp_path, monkeypatch):
     monkeypatch.setattr(preparation_plan, "_CHUNK", 4)
     source, evaluation, _ = messy
-    out, settings = tmp_path / "out", Settings(source, exclude=((evaluation, ""),), **SETTINGS)
+    out, settings = tmp_path / "out", Settings(source, exclude=((evaluation, "", ""),), **SETTINGS)
     seen = []
 
     @contextlib.contextmanager

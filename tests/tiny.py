@@ -18,11 +18,10 @@ def get_config(arg=None):
         **tower, depth=2, length=8, vocab_size=4096, pooling="mean", mask_padding=True
     )
     config.objectives.contrastive = configs.objective(kind="sigmoid")
-    config.streams.train = configs.stream(batch_size=16)
-    config.streams.train.preprocess.captions = ("en",)
+    config.streams.train = configs.stream(source="openmoji:en", batch_size=16)
     config.optimizer.warmup = 2.0
     config.train.steps = int(arg or 8)
     config.train.log_every = 1
     config.train.checkpoint_every = 2
-    config.evaluators.test = configs.retrieval(batch_size=80, captions=("en",))
+    config.evaluators.test = configs.retrieval(source="openmoji:en", batch_size=80)
     return config

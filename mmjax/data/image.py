@@ -14,7 +14,7 @@ import simplejpeg
 from jaxtyping import UInt8
 from PIL import Image
 
-from mmjax.errors import RecordError, UserError
+from mmjax.errors import RecordError, UserError, one_line
 
 cv2.setNumThreads(0)  # the pipeline has its own threads and workers
 
@@ -137,7 +137,7 @@ def _undecodable(data: bytes, error: Exception) -> RecordError:
     elif isinstance(error, Image.DecompressionBombError):
         reason = _TOO_LARGE
     else:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = one_line(error)
     return RecordError(f"{len(data)} bytes cannot be decoded as an image: {reason}")
 
 
@@ -162,7 +162,9 @@ def _decode_jpeg(data: bytes, least: tuple[int, int] | None, quick: bool) -> Pix
         pixels = simplejpeg.decode_jpeg(
             data, fastdct=quick, fastupsample=quick, min_height=reduced[0], min_width=reduced[1]
         )
-    except ValueError:
+    except ValueError as error:
+        if "premature end" in str(error).lower():  # Pillow lets one pass that was cut short and ended anew
+            raise
         return None
     return _turn(pixels, orientation)
 
@@ -249,6 +251,8 @@ def _orientation(picture: Image.Image, data: bytes) -> int:
 def _decode_with_pillow(data: bytes) -> Pixels:
     picture = _open(data)
     orientation = _orientation(picture, data)
+    if picture.mode in ("I", "F"):  # these take several times the memory
+        _check_size(8 * picture.height, picture.width)
     picture.load()
     if picture.mode.startswith(("I", "F")):
         return _turn(_to_8_bits(picture), orientation)

@@ -25,6 +25,7 @@ import numpy as np
 from mmjax import files
 from mmjax.data import records, text
 from mmjax.errors import UserError
+from mmjax.files import Progress, silent
 
 LANGUAGES = ("en", "es", "ja", "ko", "pt", "it", "fr", "de", "fa", "id", "zh", "ru", "tr", "ar")
 SPLITS = ("train", "test")
@@ -75,11 +76,11 @@ def tokenizer_name(languages: Iterable[str]) -> str:
     return "tokenizer.en.json" if tuple(languages) == ("en",) else "tokenizer.json"
 
 
-def prepare(progress: Callable[[Iterable, int, str], Iterable] = lambda items, total, title: items) -> Path:
+def prepare(progress: Progress = silent) -> Path:
     """Builds the data set if it is not there yet, and returns its folder.
 
     Args:
-      progress: `progress(items, total, title)` wraps the iteration over the drawings to show it.
+      progress: shows the rendering.
 
     Raises:
       UserError: the cache folder cannot be written.

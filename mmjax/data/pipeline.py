@@ -8,6 +8,11 @@ A record that cannot be read is replaced by another one, drawn from the same ran
 stays, so nothing after it moves.
 """
 
+import gc
+import os
+import signal
+import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -24,6 +29,8 @@ from mmjax.errors import RecordError, UserError
 
 Batch = dict[str, np.ndarray]
 REPLACEMENTS = 32  # so many unreadable records in a row end the run
+MAX_MESSAGE = 300  # characters told of one: keys come from the data
+PROBES = 8
 CAPTION_CHOICES = ("random", "cycle", "first", "join")
 
 
@@ -41,14 +48,7 @@ class CaptionChoice:
     choice: str = "random"
 
     def __call__(self, record: dict, epoch: int, rng: np.random.Generator) -> str:
-        groups = self.groups
-        if self.weights:
-            there = [(group, weight) for group, weight in zip(groups, self.weights, strict=True) if weight]
-            there = [(group, weight) for group, weight in there if record["captions"].get(group)]
-            if there:
-                shares = np.cumsum([weight for _, weight in there])
-                groups = (there[int(np.searchsorted(shares, rng.random() * shares[-1], side="right"))][0],)
-        captions = captions_of(record, groups)
+        captions = captions_of(record, self._weighted(record, rng) if self.weights else self.groups)
         match self.choice:
             case "first":
                 return captions[0]
@@ -57,6 +57,15 @@ class CaptionChoice:
             case "join":
                 return " ".join(captions)
         return captions[int(rng.integers(len(captions)))]
+
+    def _weighted(self, record: dict, rng: np.random.Generator) -> tuple[str, ...]:
+        """One of the groups that the record has, or all with a weight where it has none of them."""
+        wanted = {group: weight for group, weight in zip(self.groups, self.weights, strict=True) if weight}
+        there = [group for group in wanted if record["captions"].get(group)]
+        if not there:
+            return tuple(wanted)
+        shares = np.cumsum([wanted[group] for group in there])
+        return (there[int(np.searchsorted(shares, rng.random() * shares[-1], side="right"))],)
 
 
 @dataclass(frozen=True)
@@ -97,7 +106,7 @@ class TrainExample:
                 caption = self.captions(record, epoch, rng)
                 return self._pixels(record, rng), caption
             except RecordError as error:
-                broken.append(str(error))
+                broken.append(str(error)[:MAX_MESSAGE])
                 index = int(rng.integers(len(source)))
         broken.append(f"{REPLACEMENTS} records in a row")
         return 0, ""
@@ -151,6 +160,24 @@ def decode_image(record: dict) -> image.Pixels:
         return data if isinstance(data, np.ndarray) else image.decode(data)
     except RecordError as error:
         raise RecordError(f"record {record['key']!r}: {error}") from None
+
+
+def check_readable(source: Source, groups: Sequence[str]) -> None:
+    """Tells before a run starts that a source's images or captions are not where they are looked for.
+
+    Raises:
+      UserError: none of eight records, evenly spaced, has an image and a caption; it says what is wrong with the first.
+    """
+    first_error = None
+    for index in np.linspace(0, len(source) - 1, PROBES).astype(int).tolist():
+        try:
+            record = source[index]
+            captions_of(record, groups)
+            decode_image(record)
+            return
+        except RecordError as error:
+            first_error = first_error or error
+    raise UserError(f"no record can be used: {first_error}")
 
 
 def captions_of(record: dict, groups: Sequence[str] = ()) -> list[str]:
@@ -297,12 +324,26 @@ def train_batches(
         dataset = stream_dataset(entry, sources[name], tokenizer, config.model.encoders, seed, rows[name])
         first, count = schedule[:start].count(name), schedule.count(name)
         iterators[name] = _iterate(dataset[first:count], config.loader) if first < count else iter(())
-    for name in schedule[start:]:
-        batch = next(iterators[name])
-        broken = batch.pop("broken").tolist()
-        if len(broken) > REPLACEMENTS and f"{REPLACEMENTS} records in a row" in broken:
-            raise UserError(f"stream {name}: {REPLACEMENTS} records in a row cannot be read: {broken[-2]}")
-        yield name, batch, broken
+    try:
+        for name in schedule[start:]:
+            batch = next(iterators[name])
+            broken = batch.pop("broken").tolist()
+            if len(broken) > REPLACEMENTS and f"{REPLACEMENTS} records in a row" in broken:
+                raise UserError(f"stream {name}: {REPLACEMENTS} records in a row cannot be read: {broken[-2]}")
+            if config.loader.workers:  # out of the workers' shared memory, which jax may hold on to up to the end
+                batch = {key: np.array(value) for key, value in batch.items()}
+            yield name, batch, broken
+    finally:
+        _close(iterators)
+
+
+def _close(iterators: dict[str, Iterator[Batch]]) -> None:
+    """Ends the worker processes, and frees the shared memory of what they read ahead."""
+    while iterators:
+        _, iterator = iterators.popitem()
+        if isinstance(iterator, grain.DatasetIterator):
+            iterator.close()
+    gc.collect()  # grain's iterators hold their last element in a cycle
 
 
 def _iterate(dataset: grain.MapDataset, loader: ConfigDict) -> Iterator[Batch]:
@@ -310,8 +351,21 @@ def _iterate(dataset: grain.MapDataset, loader: ConfigDict) -> Iterator[Batch]:
     options = grain.ReadOptions(num_threads=loader.threads, prefetch_buffer_size=loader.prefetch)
     batches = dataset.to_iter_dataset(options)
     if loader.workers:
-        batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=loader.workers))
+        batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=loader.workers), _start_worker)
     return iter(batches)
+
+
+def _start_worker(index: int, count: int) -> None:
+    """Leaves Ctrl-C to the process that trains, and ends with it, however that ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def evaluation_images(

@@ -22,7 +22,7 @@ import numpy as np
 from mmjax.data import preparation_folder
 from mmjax.data import preparation_work as work
 from mmjax.data.preparation_plan import ANY_FIELDS, EXACT, REASONS, Origin, Plan, Settings
-from mmjax.errors import UserError
+from mmjax.errors import UserError, one_line
 from mmjax.files import write_atomically
 
 EXAMPLES = 3  # that the report names for each reason
@@ -88,7 +88,7 @@ def _beam():
 
 def _origins(settings: Settings) -> tuple[Origin, ...]:
     wanted = [(settings.source, settings.split, settings.fields, settings.root)]
-    wanted += [(source, split, ANY_FIELDS, "") for source, split in settings.exclude]
+    wanted += [(source, split, ANY_FIELDS, root) for source, split, root in settings.exclude]
     origins, first = [], 0
     for arguments in wanted:
         source = work.open_source(*arguments)
@@ -173,9 +173,19 @@ def _dropped(plan: Plan, reasons: np.ndarray, partners: dict[int, int]) -> dict:
 
 
 def _unreadable(plan: Plan) -> int:
-    """How many records of excluded sources could not be compared."""
-    files = [plan.scanned(n, begin) for n, origin in enumerate(plan.origins) if n for begin, _ in origin.chunks]
-    return sum(row[0] != len(REASONS) for file in files for row in json.loads(file.read_text()))
+    """How many records of excluded sources could not be compared.
+
+    Raises:
+      UserError: none of a source could: it would exclude nothing.
+    """
+    total = 0
+    for number, origin in list(enumerate(plan.origins))[1:]:
+        rows = [row for begin, _ in origin.chunks for row in json.loads(plan.scanned(number, begin).read_text())]
+        unreadable = [row for row in rows if row[0] != len(REASONS)]
+        if len(unreadable) == len(rows):
+            raise UserError(f"no image of the excluded source {origin.source} can be read: {unreadable[0][1]}")
+        total += len(unreadable)
+    return total
 
 
 def _told(plan: Plan, record: int, partner: int | None) -> str:
@@ -232,7 +242,7 @@ def _run(build: Callable, runner: str, options: Sequence[str]) -> None:
         chosen = FnApiRunner() if runner == "DirectRunner" else runner
         pipeline = beam.Pipeline(runner=chosen, options=PipelineOptions(list(options)))
     except ValueError as error:
-        raise UserError(f"runner {runner}: {' '.join(str(error).split())[:300]}") from error
+        raise UserError(f"runner {runner}: {one_line(error)}") from error
     try:
         with pipeline:
             build(pipeline, beam)

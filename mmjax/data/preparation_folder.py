@@ -54,9 +54,12 @@ def check_same(plan: Plan) -> None:
     there = json.loads(path.read_text())
     for key in wanted:
         if there.get(key) != wanted[key] and "fingerprint" in key:
-            raise UserError(f"the data has changed since {plan.out} was begun: name another folder")
+            raise UserError(f"the data has changed since {plan.out} was begun: name another folder, or delete this one")
         if there.get(key) != wanted[key]:
-            raise UserError(f"{plan.out} was begun with {key} {there.get(key)}, not {wanted[key]}: name another folder")
+            raise UserError(
+                f"{plan.out} was begun with {key} {there.get(key)}, not {wanted[key]}: name another folder, or delete "
+                "this one"
+            )
 
 
 def _described(plan: Plan) -> dict:

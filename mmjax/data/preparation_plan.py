@@ -34,7 +34,7 @@ class Settings:
     split: str = ""
     fields: Fields = ANY_FIELDS
     root: str = ""
-    exclude: tuple[tuple[str, str], ...] = ()  # (source, split)
+    exclude: tuple[tuple[str, str, str], ...] = ()  # (source, split, root)
     name: str = "dataset"
     out_split: str = "train"
     shards: int = 8

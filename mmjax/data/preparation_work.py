@@ -32,7 +32,7 @@ from mmjax.data.preparation_plan import (
     Settings,
 )
 from mmjax.data.records import Fields
-from mmjax.errors import UserError
+from mmjax.errors import UserError, one_line
 from mmjax.files import write_atomically
 
 JPEG_QUALITY = 92
@@ -221,4 +221,4 @@ def _system_errors_told(plan: Plan) -> Iterator[None]:
     except OSError as error:
         raise UserError(f"cannot write {error.filename or plan.out}: {error.strerror}") from error
     except RuntimeError as error:  # of the ArrayRecord writer, which names the file too
-        raise UserError(f"cannot write: {' '.join(str(error).split())}") from error
+        raise UserError(f"cannot write: {one_line(error)}") from error

@@ -15,6 +15,7 @@ can be read alone.
 """
 
 import functools
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,10 @@ MAX_CAPTION = 10_000  # characters; what goes beyond is cut off
 MAX_CAPTIONS = 1_000  # of one record
 
 # Where a source's fields have no mapping in the config, the first of these that a record has.
-IMAGE_FIELDS = ("image", "jpg", "jpeg", "png", "webp", "gif", "filepath", "file_name", "image_path", "path", "img")
+IMAGE_FIELDS = (
+    *("image", "jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif"),
+    *("filepath", "file_name", "image_path", "path", "img"),
+)
 CAPTION_FIELDS = ("captions", "caption", "txt", "text", "title", "sentences")
 LABEL_FIELDS = ("label", "cls", "class")
 
@@ -50,7 +54,8 @@ def assemble(raw: Mapping[str, Any], fields: Fields, key: str) -> dict:
 
     Args:
       raw: field -> value. An image is bytes, {"bytes": bytes} or a function that returns bytes; captions are a
-        text, a list of texts, or {group: text or list of texts}; a text may be UTF-8 bytes.
+        text, a list of texts, or {group: text or list of texts}; a text may be UTF-8 bytes, or an object that holds it
+        as "raw", "caption" or "text", as in COCO's lists. None and NaN are missing values.
       fields: the mapping.
       key: of the record.
 
@@ -65,7 +70,7 @@ def assemble(raw: Mapping[str, Any], fields: Fields, key: str) -> dict:
         if not isinstance(image, bytes):
             raise RecordError(f"record {key!r}: the image is no bytes but {type(image).__name__}")
         record["image"] = image
-    names = fields.captions or [name for name in CAPTION_FIELDS if raw.get(name) is not None][:1]
+    names = fields.captions or [name for name in CAPTION_FIELDS if not _is_missing(raw.get(name))][:1]
     for name in names:
         for group, texts in _captions(_find(raw, name, (), key), name, key).items():
             record["captions"].setdefault(group, []).extend(texts)
@@ -83,13 +88,17 @@ def assemble(raw: Mapping[str, Any], fields: Fields, key: str) -> dict:
 
 def _find(raw: Mapping[str, Any], name: str, usual: Iterable[str], key: str) -> Any:
     if not name:
-        return next((raw[usual_name] for usual_name in usual if raw.get(usual_name) is not None), None)
+        return next((raw[usual_name] for usual_name in usual if not _is_missing(raw.get(usual_name))), None)
     value: Any = raw
     for part in [name] if name in raw else name.split("."):
         if not isinstance(value, Mapping) or part not in value:
             raise RecordError(f'record {key!r} has no field "{name}"; it has: {", ".join(map(repr, raw))[:200]}')
         value = value[part]
-    return value
+    return None if _is_missing(value) else value
+
+
+def _is_missing(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def _captions(value: Any, name: str, key: str) -> dict[str, list[str]]:
@@ -101,13 +110,20 @@ def _captions(value: Any, name: str, key: str) -> dict[str, list[str]]:
         groups = {name: value}
     found = {}
     for group, texts in groups.items():
-        listed = [texts] if isinstance(texts, str | bytes) else texts
-        if not isinstance(listed, list | tuple) or not all(isinstance(text, str | bytes) for text in listed):
+        listed = list(texts) if isinstance(texts, list | tuple) else [texts]
+        listed = [_text_in(text) for text in listed if not _is_missing(text)]
+        if not all(isinstance(text, str | bytes) for text in listed):
             raise RecordError(f'record {key!r}: field "{name}" is neither a text nor a list of texts')
         cleaned = [clean_text(text) for text in listed[:MAX_CAPTIONS]]
         if any(cleaned):
             found[group] = [text for text in cleaned if text]
     return found
+
+
+def _text_in(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return next((value[name] for name in ("raw", "caption", "text") if name in value), value)
+    return value
 
 
 def clean_text(text: str | bytes) -> str:

@@ -20,7 +20,7 @@ from jaxtyping import Int
 from mmjax.data import clip_bpe, text_layout
 from mmjax.data.records import MAX_CAPTION
 from mmjax.data.text_layout import END, PAD, PAD_ID, Layout
-from mmjax.errors import UserError
+from mmjax.errors import UserError, one_line
 
 # What `load` looks for in a folder, and the only files that a tokenizer_config.json beside them is read for.
 _NAMES = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model")
@@ -194,7 +194,7 @@ def load(path: str | Path) -> Tokenizer:
     except OSError as error:
         raise UserError(f"cannot read the tokenizer {path}: {error.strerror or error}") from error
     except Exception as error:  # both libraries raise bare Exception and RuntimeError
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise UserError(
             f"{path} is neither a tokenizer.json nor a sentencepiece .model nor a vocabulary with merges: {reason}"
         ) from error

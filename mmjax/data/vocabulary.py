@@ -1,14 +1,14 @@
 """A tokenizer for data that comes with none: learned from its captions once, and kept in the cache."""
 
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from mmjax import files
 from mmjax.data import text
 from mmjax.data.pipeline import captions_of
-from mmjax.data.sources import Progress, Source
-from mmjax.errors import RecordError, UserError
+from mmjax.data.sources import Source
+from mmjax.errors import RecordError
+from mmjax.files import Progress
 
 MOST_RECORDS = 100_000  # evenly spaced over each source; a vocabulary needs no more
 _VERSION = 1  # raise it when other tokens would be learned from the same captions
@@ -24,23 +24,16 @@ def learn(opened: Mapping[str, Source], groups: Sequence[str], vocab_size: int, 
       progress: shows the reading of the captions.
 
     Raises:
-      UserError: there are no captions, or the cache cannot be written.
+      UserError: the cache cannot be written.
     """
     fingerprints = [source.fingerprint for source in opened.values()]
     name = files.fingerprint("bpe", _VERSION, fingerprints, tuple(groups), vocab_size)
-    path = files.cache_root() / "tokenizers" / name / "tokenizer.json"
+    path = files.cache_folder("tokenizers", name) / "tokenizer.json"
     if path.exists():
         return path
     captions = [caption for source in opened.values() for caption in _captions(source, groups, progress)]
-    if not captions:
-        raise UserError("no record has a caption to learn a vocabulary from; name model.encoders.text.tokenizer")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with files.replacing(path) as temporary:
         text.train_bpe(captions, vocab_size, temporary)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"cannot write the tokenizer {path}: {error.strerror}") from error
     return path
 
 

@@ -14,7 +14,7 @@ RIGHT, INK, PAPER = (22, 140, 60), (32, 32, 32), (255, 255, 255)
 def draw(
     path: Path,
     captions: Sequence[str],
-    images: Sequence[Sequence[bytes]],
+    images: Sequence[Sequence[image.Pixels]],
     right: Sequence[Sequence[bool]],
 ) -> None:
     """Draws the sheet as PNG.
@@ -22,7 +22,7 @@ def draw(
     Args:
       path: where; the folder is made.
       captions: one for each row.
-      images: for each row the encoded images, best first.
+      images: for each row the images, TILE pixels a side, best first.
       right: for each row, which of them the caption belongs to.
     """
     columns = max(len(row) for row in images)
@@ -35,10 +35,9 @@ def draw(
         top = GAP + row * row_height
         hit = "" if any(right[row]) else f"   (not among the first {columns})"
         pen.text((GAP, top), _fit(caption + hit, font, width - 2 * GAP), INK, font)
-        for column, data in enumerate(images[row]):
+        for column, pixels in enumerate(images[row]):
             left, tile_top = GAP + column * (TILE + GAP), top + CAPTION_HEIGHT - 6
-            tile = Image.fromarray(image.resize(image.decode(data), TILE))
-            sheet.paste(tile, (left, tile_top))
+            sheet.paste(Image.fromarray(pixels), (left, tile_top))
             if right[row][column]:
                 box = (left - FRAME, tile_top - FRAME, left + TILE + FRAME - 1, tile_top + TILE + FRAME - 1)
                 pen.rectangle(box, outline=RIGHT, width=FRAME)

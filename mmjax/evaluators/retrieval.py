@@ -1,5 +1,6 @@
 """Image-text retrieval: recall at 1, 5 and 10, median and mean rank, in both directions."""
 
+import hashlib
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -9,7 +10,7 @@ from jaxtyping import Float, Int
 from ml_collections import ConfigDict
 
 from mmjax.api import Model
-from mmjax.data.pipeline import captions_of, evaluation_images
+from mmjax.data.pipeline import captions_of, evaluation_images, pixels_or_bytes
 from mmjax.data.sources import open_entry
 from mmjax.errors import UserError
 from mmjax.evaluators import contact_sheet
@@ -74,37 +75,44 @@ class Retrieval:
         Raises:
           UserError: it is missing, a record lacks captions, or the gallery lacks an image of the captions.
         """
-        missing = set(self._captions[1]) - self._numbers.keys()
+        _, owners = self._captions
+        missing = [key for image, key in owners if image not in self._images]
         if missing:
             raise UserError(
                 f'split "{self._entry.gallery_split}" lacks {len(missing)} images of split "{self._entry.split}": '
-                f"{min(missing)}, ..."
+                f"{missing[0]}, ..."
             )
 
     @cached_property
-    def _numbers(self) -> dict[str, int]:
-        """The place of each key in the gallery."""
-        return {self._gallery[index]["key"]: index for index in range(len(self._gallery))}
+    def _images(self) -> dict[bytes, int]:
+        """The images of the gallery, by their bytes: each with the number of the first record that has it.
+
+        Data sets with a record for each caption repeat their images, and keys may repeat between files.
+        """
+        found: dict[bytes, int] = {}
+        for index in range(len(self._gallery)):
+            found.setdefault(_image_digest(self._gallery[index]), index)
+        return found
 
     @cached_property
-    def _captions(self) -> tuple[list[str], list[str]]:
-        """All captions, and for each the key of the record that it belongs to."""
+    def _captions(self) -> tuple[list[str], list[tuple[bytes, str]]]:
+        """All captions, and for each the image that it belongs to and the key of its record."""
         captions, owners = [], []
         for index in range(len(self._queries)):
             record = self._queries[index]
             for caption in captions_of(record, self._entry.captions):
                 captions.append(caption)
-                owners.append(record["key"])
+                owners.append((_image_digest(record), record["key"]))
         return captions, owners
 
     def evaluate(self, model: Model, picture: Path | None = None) -> Iterator[tuple[str, float]]:
         """Yields the metrics; draws a contact sheet where the entry asks for one."""
-        entry, gallery = self._entry, self._gallery
-        captions, caption_keys = self._captions
+        entry, gallery = self._entry, np.array(list(self._images.values()))
+        captions, owners = self._captions
         encoder, unreadable = model.config.model.encoders.image, {}
 
         def load_images(rows: np.ndarray) -> np.ndarray:
-            pixels, broken = evaluation_images(gallery, encoder.image_size, encoder.resize, rows)
+            pixels, broken = evaluation_images(self._gallery, encoder.image_size, encoder.resize, gallery[rows])
             unreadable.update(dict.fromkeys(broken))
             return pixels
 
@@ -113,7 +121,8 @@ class Retrieval:
         images = model.encode_rows("image", len(gallery), load_images, entry.batch_size)
         if unreadable:  # of this process's rows; they were evaluated as grey images
             yield "unreadable_images", float(len(unreadable))
-        text_owners = np.array([self._numbers[key] for key in caption_keys])
+        places = {image: number for number, image in enumerate(self._images)}
+        text_owners = np.array([places[image] for image, _ in owners])
         image_owners = np.arange(len(gallery))
         yield from _summary("text_to_image", ranks(texts, images, text_owners, image_owners))
         if not entry.gallery_split:
@@ -124,9 +133,13 @@ class Retrieval:
             contact_sheet.draw(
                 picture,
                 [captions[row] for row in chosen],
-                [[gallery[int(index)]["image"] for index in row] for row in found],
+                [evaluation_images(self._gallery, contact_sheet.TILE, "squash", gallery[row])[0] for row in found],
                 [[int(index) == text_owners[row] for index in line] for row, line in zip(chosen, found, strict=True)],
             )
+
+
+def _image_digest(record: dict) -> bytes:
+    return hashlib.sha256(pixels_or_bytes(record)).digest()
 
 
 def _summary(direction: str, found: Int[np.ndarray, " queries"]) -> Iterator[tuple[str, float]]:

@@ -11,13 +11,15 @@ from jax.experimental import multihost_utils
 
 from mmjax.errors import UserError
 
+MOST_NOTED = 10_000  # different records; what comes after is only counted
 FEW = 200  # the share is of at least so many records: one broken record among the first is no verdict
 
 
 class BrokenRecords:
     """The records that were replaced by others since the start of this process.
 
-    Each process notes its own in `broken_records.<process>.jsonl`, once for each stream and message.
+    Each process notes its own in `broken_records.<process>.jsonl`, once for each stream and message, the first
+    MOST_NOTED of them.
     """
 
     def __init__(self, workdir: Path, limit: float):
@@ -31,9 +33,9 @@ class BrokenRecords:
         """Counts the unreadable records of one batch of `rows` rows, which were replaced."""
         self._read[stream] += rows + len(messages)
         self._broken[stream] += len(messages)
-        new = [(stream, message) for message in messages if (stream, message) not in self._known]
-        if new:
-            self._known.update(dict.fromkeys(new))
+        new = dict.fromkeys((stream, message) for message in messages if (stream, message) not in self._known)
+        if new and len(self._known) < MOST_NOTED:
+            self._known.update(new)
             with self._path.open("a") as file:
                 for stream_name, message in new:
                     file.write(json.dumps({"stream": stream_name, "error": message}) + "\n")
@@ -70,5 +72,5 @@ class BrokenRecords:
             return ""
         return (
             f"{broken:,} of {read:,} records could not be read and were replaced ({broken / read:.2%}), "
-            f"{len(self._known):,} different ones: {self._path}"
+            f"{len(self._known):,} of them noted: {self._path}"
         )

@@ -13,7 +13,6 @@ from ml_collections import ConfigDict
 
 from mmjax import api
 from mmjax.data import pipeline
-from mmjax.errors import UserError
 from mmjax.files import write_atomically
 from mmjax.models.flops import peak_flops, train_flops
 from mmjax.sharding import distributed
@@ -45,12 +44,11 @@ def train(config: ConfigDict, workdir: Path) -> int:
         return 0
     for name, entry in config.streams.items():
         for part, source in zip(entry.mixture.values() or [entry], setup.sources[name].values(), strict=True):
-            embedded = " (the data set that mmjax comes with)" if part.source == "openmoji" else ""
+            embedded = " (the data set that mmjax comes with)" if part.source.startswith("openmoji") else ""
             feedback.say(f"stream {name}: {len(source):,} records of {part.source}{embedded}")
     if not start and jax.process_index() == 0:
         (workdir / RESULT).unlink(missing_ok=True)
     with jax.set_mesh(setup.mesh), Checkpoints(workdir, config) as checkpoints, StopRequest() as stop:
-        _check_data(setup, checkpoints, start)
         writer = feedback.MetricWriter(workdir, start)
         broken = BrokenRecords(workdir, config.loader.max_broken_fraction)
         try:
@@ -125,20 +123,6 @@ def _loop(
             if stopping:
                 return done, evaluated
     return steps, evaluated
-
-
-def _check_data(setup: Setup, checkpoints: Checkpoints, start: int) -> None:
-    """Raises UserError where the data are not those that the run was started with."""
-    saved = checkpoints.restore_fingerprints(start) if start else setup.fingerprints
-    for name, parts in setup.fingerprints.items():
-        for part, fingerprint in parts.items():
-            if fingerprint != saved[name][part]:
-                key = f"config.streams.{name}" + (f".mixture.{part}" if part else "")
-                raise UserError(
-                    f"{key}.source: its data are not those that the run in {setup.workdir} was started with "
-                    f"(fingerprint {saved[name][part]} there, {fingerprint} now); bring them back, or choose another "
-                    "--workdir"
-                )
 
 
 def _on_devices(setup: Setup, start: int, broken: BrokenRecords) -> Iterator[tuple[str, dict[str, jax.Array]]]:

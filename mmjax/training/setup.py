@@ -9,21 +9,22 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from mmjax import api
 from mmjax import config as configs
-from mmjax.data import sources, text, vocabulary
+from mmjax.data import pipeline, sources, text, vocabulary
 from mmjax.errors import UserError
 from mmjax.evaluators import Evaluation
-from mmjax.files import write_atomically
+from mmjax.files import fingerprint, write_atomically
 from mmjax.sharding import distributed
 from mmjax.sharding.mesh import make_mesh
 from mmjax.sharding.rules import batch_sharding
 from mmjax.training import feedback
-from mmjax.training.checkpoint import saved_steps
+from mmjax.training.checkpoint import Checkpoints, saved_steps
 from mmjax.training.optimizer import in_steps, learning_rate_schedule, make_optimizer
 from mmjax.training.state import TrainState, make_state, state_shardings, with_shardings
 from mmjax.training.step import make_train_step
@@ -59,8 +60,13 @@ def prepare(config: ConfigDict, workdir: Path) -> Setup:
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     _claim(workdir, config)
     opened = {name: _open_stream(name, entry) for name, entry in config.streams.items()}
+    fingerprints = {
+        name: {part: source.fingerprint for part, source in parts.items()} for name, parts in opened.items()
+    }
+    _check_data(config, workdir, fingerprints)
     evaluation = Evaluation(config.evaluators)
     tokenizer = _tokenizer(config, workdir, opened)
+    _check_processes(fingerprints, tokenizer)
     steps, schedule = _schedule(config, opened)
     module = api.make_module(config)
     with jax.set_mesh(mesh):
@@ -82,9 +88,7 @@ def prepare(config: ConfigDict, workdir: Path) -> Setup:
         workdir=workdir,
         mesh=mesh,
         sources=opened,
-        fingerprints={
-            name: {part: source.fingerprint for part, source in parts.items()} for name, parts in opened.items()
-        },
+        fingerprints=fingerprints,
         tokenizer=tokenizer,
         rows={name: distributed.local_rows(sharding, entry.batch_size) for name, entry in config.streams.items()},
         steps=steps,
@@ -117,9 +121,40 @@ def _claim(workdir: Path, config: ConfigDict) -> None:
 
 def _open_stream(name: str, entry: ConfigDict) -> dict[str, sources.Source]:
     try:
-        return sources.open_stream(entry, feedback.data_progress)
+        opened = sources.open_stream(entry, feedback.data_progress)
+        for source in opened.values():
+            pipeline.check_readable(source, tuple(entry.preprocess.captions))
+        return opened
     except UserError as error:
         raise UserError(f"config.streams.{name}: {error}") from error
+
+
+def _check_data(config: ConfigDict, workdir: Path, fingerprints: Mapping[str, Mapping[str, str]]) -> None:
+    """Raises UserError where the data are not those that the run was started with."""
+    steps = saved_steps(workdir)
+    if not steps:
+        return
+    with Checkpoints(workdir, config, read_only=True) as checkpoints:
+        saved = checkpoints.restore_fingerprints(max(steps))
+    for name, parts in fingerprints.items():
+        for part, current in parts.items():
+            if current != saved[name][part]:
+                key = f"config.streams.{name}" + (f".mixture.{part}" if part else "")
+                raise UserError(
+                    f"{key}.source: its data are not those that the run in {workdir} was started with (fingerprint "
+                    f"{saved[name][part]} there, {current} now); bring them back, or choose another --workdir"
+                )
+
+
+def _check_processes(fingerprints: Mapping[str, Mapping[str, str]], tokenizer: text.Tokenizer) -> None:
+    """Raises UserError where another process has other data or another tokenizer: its rows would not fit ours."""
+    if jax.process_count() == 1:
+        return
+    own = int(fingerprint(fingerprints, tokenizer.to_json())[:7], 16)
+    found = multihost_utils.process_allgather(np.int32(own)).tolist()
+    different = [process for process, value in enumerate(found) if value != found[0]]
+    if different:
+        raise UserError(f"process {different[0]} sees other data, or another tokenizer, than process 0")
 
 
 def _tokenizer(config: ConfigDict, workdir: Path, opened: Mapping[str, Mapping[str, sources.Source]]) -> text.Tokenizer:
@@ -133,7 +168,9 @@ def _tokenizer(config: ConfigDict, workdir: Path, opened: Mapping[str, Mapping[s
     encoder, (name, entry) = config.model.encoders.text, next(iter(config.streams.items()))
     groups = tuple(entry.preprocess.captions)
     path = encoder.tokenizer or sources.tokenizer_path(entry.source, groups)
-    if path is None:
+    if not path and saved_steps(workdir):
+        path = workdir / "tokenizer.json"  # what was learned at the start
+    if not path:
         path = vocabulary.learn(opened[name], groups, encoder.vocab_size, feedback.data_progress)
     tokenizer = text.load(path)
     if encoder.mask_padding and tokenizer.pad_id != encoder.pad_id:

@@ -1,5 +1,11 @@
 """The same batches, whoever loads them: every format, and a mixture of them all."""
 
+import hashlib
+import json
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from absl import flags
@@ -8,6 +14,7 @@ from mmjax import config as configs
 from mmjax.data import pipeline, sources, text
 from tests import tiny
 from tests.data import samples
+from tests.programs import ROOT
 
 flags.FLAGS.mark_as_parsed()  # grain's worker processes ask for it
 KINDS = ("folder", "jsonl", "csv", "webdataset", "parquet", "arrow", "array_record", "tfds")
@@ -93,6 +100,52 @@ def test_a_source_gives_the_same_batches_to_any_number_of_processes_and_after_a_
     whole = drawn(config, tokenizer)
     assert len({image.tobytes() for image, _ in whole}) == STEPS
     assert_deterministic(config, tokenizer, whole)
+
+
+LOAD = """
+import sys
+import numpy as np
+from mmjax import config as configs
+from mmjax.data import pipeline, sources, text
+from tests.data.test_determinism import config_of, digests
+
+if __name__ == "__main__":
+    import json
+    from absl import flags
+    flags.FLAGS.mark_as_parsed()
+    written, tokenizer, part, count, start, workers = json.loads(sys.argv[1])
+    config = config_of(written, list(written))
+    print(json.dumps(digests(config, text.load(tokenizer), start, range(part, 16, count), workers)))
+"""
+
+
+def digests(config, tokenizer, start, rows, workers):
+    """One for each row of each batch."""
+    batches = drawn(config, tokenizer, start, rows, workers=workers)
+    return [
+        [hashlib.sha256(pixels.tobytes() + ids.tobytes()).hexdigest() for pixels, ids in zip(*batch, strict=True)]
+        for batch in batches
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count, start, workers", [(2, 0, 1), (4, 3, 0)])
+def test_real_processes_load_their_rows_of_the_same_batches(written, tokenizer, tmp_path, count, start, workers):
+    """As many processes as `count`, at once, with a cold cache each; four of them after a resume."""
+    config = config_of(written, KINDS)
+    whole = digests(config, tokenizer, start, range(16), 0)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer.to_json()["data"]))
+    (tmp_path / "load.py").write_text(LOAD)
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "MMJAX_CACHE": str(tmp_path / "cache")}
+    processes = []
+    for part in range(count):
+        told = json.dumps([written, str(tmp_path / "tokenizer.json"), part, count, start, workers])
+        command = [sys.executable, str(tmp_path / "load.py"), told]
+        processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment))
+    for part, process in enumerate(processes):
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode == 0
+        assert json.loads(output.splitlines()[-1]) == [batch[part::count] for batch in whole]
 
 
 @pytest.mark.slow

@@ -180,12 +180,26 @@ def test_any_lines_of_json_give_records_or_record_errors(images, lines):
     assert_faults_are_of_records(JsonLinesSource(str(images / "fuzz.jsonl"), fields=mapped))
 
 
-@pytest.mark.parametrize("value", ["Infinity", "1e999", "NaN", '"x"', "[]", '{"a": 1}'])
+@pytest.mark.parametrize("value", ["Infinity", "1e999", '"x"', "[]", '{"a": 1}'])
 def test_labels_that_are_none(images, value):
     (images / "list.jsonl").write_text(f'{{"image": "a.jpg", "label": {value}}}')
     assert JsonLinesSource(str(images / "list.jsonl"))[0]["label"] == -1
     with pytest.raises(RecordError, match="whole number"):
         JsonLinesSource(str(images / "list.jsonl"), fields=Fields(label="label"))[0]
+
+
+@pytest.mark.parametrize("value", ["NaN", "null"])
+def test_a_missing_label_is_no_fault(images, value):
+    (images / "list.jsonl").write_text(f'{{"image": "a.jpg", "label": {value}}}')
+    for fields in (Fields(), Fields(label="label")):
+        assert JsonLinesSource(str(images / "list.jsonl"), fields=fields)[0]["label"] == -1
+
+
+def test_a_csv_file_with_tabs(images):
+    (images / "list.csv").write_text("filepath\ttitle\na.jpg\ta cat, sleeping\n")
+    assert CsvSource(str(images / "list.csv"))[0]["captions"] == {"title": ["a cat, sleeping"]}
+    (images / "other.csv").write_text("filepath,the\ttitle\na.jpg,a cat\n")
+    assert CsvSource(str(images / "other.csv"), fields=Fields(captions=("the\ttitle",)))[0]["captions"]
 
 
 @settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -1,4 +1,9 @@
+import os
+import subprocess
+import sys
+import time
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +14,7 @@ from mmjax.data import image, pipeline, sources, text
 from mmjax.data.augment import Augment
 from mmjax.errors import RecordError, UserError
 from tests import tiny
+from tests.programs import ROOT
 
 flags.FLAGS.mark_as_parsed()  # grain's worker processes ask for it
 PLAIN = Augment(28, "squash", mirror=0.0)
@@ -140,6 +146,9 @@ def test_captions_are_chosen_as_asked():
     assert set(chosen(choice(("web",)))) == set("bcd")
     weighted = chosen(choice(("alt", "web", "none", "missing"), (3.0, 1.0, 5.0, 5.0)))
     assert weighted["a"] == pytest.approx(2250, rel=0.05) and set(weighted) == set("abcd")
+    assert set(chosen(choice(("alt", "web"), (0.0, 1.0)))) == set("bcd")
+    with pytest.raises(RecordError, match="no caption in alt"):
+        choice(("alt", "web"), (1.0, 0.0))(RECORD | {"captions": {"web": ["b"]}}, 0, np.random.default_rng(0))
     assert chosen(choice(choice="first")) == {"a": 3000}
     assert chosen(choice(("web", "alt"), choice="join")) == {"b c d a": 3000}
     assert [choice(choice="cycle")(RECORD, epoch, None) for epoch in range(5)] == ["a", "b", "c", "d", "a"]
@@ -205,6 +214,15 @@ def test_unreadable_evaluation_images_are_grey(source):
     assert len(broken) == 2 and "is gone" in broken[0] and "cannot be decoded" in broken[1]
 
 
+def test_a_source_without_images_or_captions_is_told_before_the_run(source):
+    pipeline.check_readable(source, ("en",))
+    pipeline.check_readable(Damaged(source, set(range(399))), ("en",))  # one of those that are tried is good
+    with pytest.raises(UserError, match="no record can be used: record '.*' is gone"):
+        pipeline.check_readable(Damaged(source, set(range(400))), ("en",))
+    with pytest.raises(UserError, match="no record can be used: record '.*' has no caption in txt; it has 'en', "):
+        pipeline.check_readable(source, ("txt",))
+
+
 def test_streams_alternate_by_weight():
     schedule = pipeline.stream_schedule({"images": 3.0, "videos": 1.0}, 400)
     assert schedule == pipeline.stream_schedule({"images": 3.0, "videos": 1.0}, 400)
@@ -237,3 +255,54 @@ def test_a_source_without_files_is_a_clear_error(tmp_path):
         sources.open_source("csv")
     with pytest.raises(UserError, match='no split "valid"; known: train, test, all'):
         sources.open_source("openmoji", "valid")
+
+
+WORKERS = """
+import os, sys
+import numpy as np
+from absl import flags
+from mmjax.data import pipeline, sources, text
+from tests import tiny
+
+if __name__ == "__main__":
+    flags.FLAGS.mark_as_parsed()
+    config = tiny.get_config()
+    config.loader.workers = 2
+    opened = {"train": sources.open_stream(config.streams.train)}
+    tokenizer = text.load(sources.tokenizer_path("openmoji:en", ()))
+    batches = pipeline.train_batches(config, opened, tokenizer, {"train": np.arange(16)}, 0, int(sys.argv[1]))
+    kept = [next(batches)]
+    print("started", flush=True)
+    kept += batches if sys.argv[1] == "6" else [sys.stdin.readline()]
+"""
+
+
+@pytest.fixture
+def worker_program(tmp_path, openmoji_folder):
+    (tmp_path / "workers.py").write_text(WORKERS)
+
+    def start(batch_count):
+        command = [sys.executable, str(tmp_path / "workers.py"), str(batch_count)]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        return subprocess.Popen(command, **pipes, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+
+    return start
+
+
+def test_worker_processes_end_quietly(worker_program):
+    output, _ = worker_program(6).communicate(timeout=60)
+    assert output == "started\n"
+
+
+def test_worker_processes_do_not_outlive_a_killed_run(worker_program):
+    process = worker_program(1000)
+    assert process.stdout.readline() == "started\n"
+    tasks = Path(f"/proc/{process.pid}/task").iterdir()
+    children = [child for task in tasks for child in (task / "children").read_text().split()]
+    assert len(children) >= 2
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 15
+    while any(Path(f"/proc/{child}").exists() for child in children) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not [child for child in children if Path(f"/proc/{child}").exists()]

@@ -192,8 +192,20 @@ def test_a_cache_that_cannot_be_written_is_no_fault_of_the_data(tmp_path, monkey
     pq.write_table(table(0, 5), tmp_path / "a.parquet")
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("MMJAX_CACHE", str(tmp_path / "file"))
-    with pytest.raises(OSError):
+    with pytest.raises(UserError, match="cannot write the data cache .*/file/parquet: .*set MMJAX_CACHE"):
         ParquetSource(str(tmp_path / "a.parquet"))
+
+
+def test_the_files_of_a_split_in_a_folder(tmp_path):
+    (tmp_path / "repository" / "data").mkdir(parents=True)
+    for name, start, count in (("train-0", 0, 5), ("train-1", 5, 2), ("test-0", 100, 3)):
+        pq.write_table(table(start, count), tmp_path / "repository" / "data" / f"{name}.parquet")
+    folder = str(tmp_path / "repository")
+    assert_rows(ParquetSource(folder, "train"), 0, 7)
+    assert_rows(ParquetSource(f"{folder}/data", "test"), 100, 3)
+    assert len(ParquetSource(folder)) == len(ParquetSource(folder, "other")) == 10
+    with pytest.raises(UserError, match="no \\*.parquet in"):
+        ParquetSource(str(tmp_path))
 
 
 @settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])

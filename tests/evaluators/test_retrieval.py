@@ -3,7 +3,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from mmjax import config as configs
+from mmjax.data import image
+from mmjax.data.pipeline import evaluation_images
+from mmjax.data.sources import open_source
 from mmjax.evaluators import contact_sheet, retrieval
+from tests.data import samples
 
 
 def brute_force(queries, gallery, query_owners, item_owners):
@@ -52,10 +57,7 @@ def test_perfect_embeddings_are_first():
 
 
 def test_the_contact_sheet_frames_the_right_image(tmp_path, openmoji_folder):
-    from mmjax.data.sources import open_source
-
-    source = open_source("openmoji", "test")
-    images = [source[index]["image"] for index in range(3)]
+    images = evaluation_images(open_source("openmoji", "test"), contact_sheet.TILE, "squash", range(3))[0]
     path = tmp_path / "pictures" / "sheet.png"
     contact_sheet.draw(path, ["first", "a caption " * 20], [images, images[::-1]], [[True, False, False], [False] * 3])
     pixels = np.asarray(Image.open(path))
@@ -63,3 +65,48 @@ def test_the_contact_sheet_frames_the_right_image(tmp_path, openmoji_folder):
     rows, columns = np.nonzero(green)
     assert columns.max() < contact_sheet.TILE + 2 * contact_sheet.GAP
     assert rows.max() - rows.min() + 1 == contact_sheet.TILE + 2 * contact_sheet.FRAME
+
+
+class Oracle:
+    """A model that knows every picture and every caption of the samples."""
+
+    def __init__(self):
+        self.config = configs.default()
+        self.config.model.encoders.image = configs.image_encoder(image_size=16)
+        self.config.model.encoders.text = configs.text_encoder(length=4)
+        self.tokenizer = self
+        self.means = np.array([self.mean(samples.png(number)) for number in range(samples.COUNT)])
+
+    @staticmethod
+    def mean(data):
+        return image.for_evaluation(image.decode(data), 16, "squash").mean()
+
+    def encode(self, texts, length):
+        return np.array([[int(text.split()[1])] for text in texts])
+
+    def encode_rows(self, modality, count, load_rows, batch_size):
+        rows = load_rows(np.arange(count))
+        if modality == "text":
+            return np.eye(samples.COUNT, dtype=np.float32)[rows[:, 0]]
+        known = np.abs(rows.mean(axis=(1, 2, 3))[:, None] - self.means).argmin(axis=1)
+        return np.eye(samples.COUNT, dtype=np.float32)[known]
+
+
+def test_one_row_for_each_caption_and_keys_that_repeat_are_the_same_images(tmp_path):
+    """Recalls are perfect for a perfect model, however the pairs are written down."""
+    written = samples.write_all(tmp_path)
+    (tmp_path / "again").mkdir()
+    rows = [
+        f"class_{samples.label(n)}/{samples.NAMES[n]}.png,{text}" for n in range(30) for text in samples.captions(n)
+    ]
+    (tmp_path / "images" / "rows.csv").write_text("filepath,title\n" + "\n".join(rows))
+    for source in (
+        f"csv:{tmp_path}/images/rows.csv",
+        written["webdataset"],
+        written["webdataset"] + "::" + written["webdataset"].partition(":")[2],
+    ):
+        evaluator = retrieval.Retrieval(configs.retrieval(source=source, split=""))
+        evaluator.open()
+        metrics = dict(evaluator.evaluate(Oracle()))
+        assert metrics["text_to_image_R@1"] == metrics["image_to_text_R@1"] == 1.0, source
+        assert metrics["image_to_text_mean_rank"] == 1.0 and "unreadable_images" not in metrics

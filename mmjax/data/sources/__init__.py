@@ -3,7 +3,7 @@
 A new format is a file here and a line in `SOURCES`.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -17,8 +17,8 @@ from mmjax.data.sources.tables import ArrowSource, ParquetSource
 from mmjax.data.sources.tfds import TfdsSource
 from mmjax.data.sources.webdataset import WebDatasetSource
 from mmjax.errors import UserError
+from mmjax.files import Progress, silent
 
-Progress = Callable[[Iterable, int, str], Iterable]
 SOURCES = {
     "openmoji": OpenMojiSource,
     "array_record": ArrayRecordSource,
@@ -49,7 +49,7 @@ class Source(Protocol):
 
 
 def open_source(
-    name: str, split: str = "", fields: Fields | None = None, root: str = "", progress: Progress | None = None
+    name: str, split: str = "", fields: Fields | None = None, root: str = "", progress: Progress = silent
 ) -> Source:
     """Opens a source.
 
@@ -58,7 +58,7 @@ def open_source(
       split: which part of the data set, for kinds that have parts.
       fields: which fields make up a record.
       root: the folder that files named in the data must lie in.
-      progress: `progress(items, total, title)` wraps an iteration over `items` to show it.
+      progress: shows what takes long.
 
     Raises:
       UserError: an unknown kind or split, or its files are missing or damaged, or it is empty.
@@ -68,15 +68,13 @@ def open_source(
         raise UserError(f'unknown source "{name}"; known: {", ".join(SOURCES)}, written KIND:LOCATION')
     if kind != "openmoji" and not location:
         raise UserError(f'source "{name}" names no location; write {kind}:LOCATION')
-    source = SOURCES[kind](
-        location.replace("{split}", split), split, fields or Fields(), root, progress or (lambda items, *_: items)
-    )
+    source = SOURCES[kind](location.replace("{split}", split), split, fields or Fields(), root, progress)
     if not len(source):
         raise UserError(f'source "{name}" holds no record')
     return source
 
 
-def open_entry(entry: Mapping, progress: Progress | None = None) -> Source:
+def open_entry(entry: Mapping, progress: Progress = silent) -> Source:
     """Opens the source of a config's entry: its `source`, `split`, `fields` and `root`.
 
     Raises:
@@ -86,7 +84,7 @@ def open_entry(entry: Mapping, progress: Progress | None = None) -> Source:
     return open_source(entry["source"], entry["split"], fields, entry["root"], progress)
 
 
-def open_stream(entry: Mapping, progress: Progress | None = None) -> dict[str, Source]:
+def open_stream(entry: Mapping, progress: Progress = silent) -> dict[str, Source]:
     """Opens the sources of a stream by name: those of its mixture, or its single one.
 
     Raises:
@@ -98,6 +96,7 @@ def open_stream(entry: Mapping, progress: Progress | None = None) -> dict[str, S
 
 def tokenizer_path(name: str, groups: Sequence[str]) -> Path | None:
     """The tokenizer that a source comes with for these caption groups, or None where it has none."""
-    if name == "openmoji":
-        return embedded.prepare() / embedded.tokenizer_name(groups)
+    kind, _, languages = name.partition(":")
+    if kind == "openmoji":
+        return embedded.prepare() / embedded.tokenizer_name(groups or languages.split(","))
     return None

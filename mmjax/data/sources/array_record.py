@@ -3,12 +3,12 @@
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterable
 
 from mmjax import files
 from mmjax.data import records
 from mmjax.data.records import Fields
-from mmjax.errors import RecordError, UserError
+from mmjax.errors import RecordError, UserError, one_line
+from mmjax.files import Progress, silent
 
 _BLOCK_BYTES = 2**16
 
@@ -22,7 +22,7 @@ class ArrayRecordSource:
         split: str = "",
         fields: Fields | None = None,
         root: str = "",
-        progress: Callable[[Iterable, int, str], Iterable] | None = None,
+        progress: Progress = silent,
     ):
         """Opens the files.
 
@@ -58,7 +58,7 @@ class ArrayRecordSource:
             return records.decode(self._records[index])
         except (RuntimeError, ValueError, OSError) as error:
             more = f" and {len(self.paths) - 1} more files" if len(self.paths) > 1 else ""
-            raise RecordError(f"record {index} of {self.paths[0]}{more}: {' '.join(str(error).split())}") from error
+            raise RecordError(f"record {index} of {self.paths[0]}{more}: {one_line(error)}") from error
 
 
 def _digest_of_end(path: str) -> str:
@@ -81,4 +81,4 @@ def _check(path: str) -> None:
             f"{path} holds no records as mmjax/data/records.py describes: {error}; write them with mmjax.prepare"
         ) from error
     except (RuntimeError, ValueError, OSError) as error:  # RuntimeError is the reader's own
-        raise UserError(f"{path} is no ArrayRecord file, or is damaged: {' '.join(str(error).split())}") from error
+        raise UserError(f"{path} is no ArrayRecord file, or is damaged: {one_line(error)}") from error

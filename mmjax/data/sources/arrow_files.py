@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from mmjax import files
-from mmjax.errors import UserError
+from mmjax.errors import UserError, one_line
+from mmjax.files import Progress
 
 
 def read_arrow(path: str) -> tuple[Any, list]:
@@ -27,7 +28,7 @@ def read_arrow(path: str) -> tuple[Any, list]:
 
 
 def convert(
-    originals: Sequence[str], kind: str, read: Callable[[str], tuple[Any, Iterable]], progress: Callable | None
+    originals: Sequence[str], kind: str, read: Callable[[str], tuple[Any, Iterable]], progress: Progress
 ) -> list[str]:
     """Copies of files in Arrow's stream format, in the cache; made where they are not there yet.
 
@@ -38,38 +39,35 @@ def convert(
       progress: shows the iteration over the files.
 
     Raises:
-      UserError: a file cannot be read.
-      OSError: the cache cannot be written.
+      UserError: a file cannot be read, or the cache cannot be written.
+      OSError: no space is left.
     """
     targets = [_copy_of(path, kind) for path in originals]
     missing = {target: path for path, target in zip(originals, targets, strict=True) if not target.exists()}
-    pairs: Iterable = missing.items()
-    if missing and progress:
-        pairs = progress(pairs, len(missing), f"converting {len(missing):,} {kind} files")
-    for target, path in pairs:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _write_arrow(target, path, read)
+    if missing:
+        for target, path in progress(missing.items(), len(missing), f"converting {len(missing):,} {kind} files"):
+            _write_arrow(target, path, read)
     return [str(target) for target in targets]
 
 
 def _copy_of(path: str, kind: str) -> Path:
     status = os.stat(path)
     name = files.fingerprint(os.path.abspath(path), status.st_size, status.st_mtime_ns)
-    return files.cache_root() / kind / f"{name}.arrow"
+    return files.cache_folder(kind) / f"{name}.arrow"
 
 
 def _write_arrow(target: Path, path: str, read: Callable[[str], tuple[Any, Iterable]]) -> None:
     import pyarrow as pa
 
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        batches = _guarded(read, path)
-        with pa.OSFile(str(temporary), "wb") as file, pa.ipc.new_stream(file, next(batches)) as writer:
-            for batch in batches:
-                writer.write_batch(batch)
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    batches = _guarded(read, path)
+    schema = next(batches)
+    with (
+        files.replacing(target) as temporary,
+        pa.OSFile(str(temporary), "wb") as file,
+        pa.ipc.new_stream(file, schema) as writer,
+    ):
+        for batch in batches:
+            writer.write_batch(batch)
 
 
 def _guarded(read: Callable[[str], tuple[Any, Iterable]], path: str) -> Iterator:
@@ -84,8 +82,3 @@ def _guarded(read: Callable[[str], tuple[Any, Iterable]], path: str) -> Iterator
         if isinstance(error, UserError):
             raise
         raise UserError(f"cannot read {path}, or it is damaged: {one_line(error)}") from error
-
-
-def one_line(error: Exception) -> str:
-    """The start of an error's message, without line breaks."""
-    return " ".join(str(error).split())[:300]

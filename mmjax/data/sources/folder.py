@@ -1,7 +1,7 @@
 """A folder of images, with a folder for each class."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 
 import numpy as np
@@ -10,7 +10,9 @@ from mmjax import files
 from mmjax.data.records import Fields, assemble
 from mmjax.data.sources.rows import check_columns
 from mmjax.errors import UserError
+from mmjax.files import Progress, silent
 
+_MAX_TEXT_BYTES = 2**20
 _EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".avif")
 
 
@@ -28,7 +30,7 @@ class FolderSource:
         split: str = "",
         fields: Fields | None = None,
         root: str = "",
-        progress: Callable[[Iterable, int, str], Iterable] | None = None,
+        progress: Progress = silent,
     ):
         """Lists the images.
 
@@ -48,9 +50,7 @@ class FolderSource:
         names, sizes, labels, has_text = [], [], [], []
         try:
             self._classes = _class_folders(self._folder)
-            folders: Iterable = self._classes
-            if progress:
-                folders = progress(folders, len(self._classes), f"listing the images of {location}")
+            folders = progress(self._classes, len(self._classes), f"listing the images of {location}")
             for label, images in enumerate(_per_folder(self._folder, folders), start=-1):
                 for name, size, text in images:
                     names.append(os.fsencode(name))
@@ -78,7 +78,7 @@ class FolderSource:
         name = self._classes[label].replace("_", " ").replace("-", " ") if label >= 0 else None
         lines = None
         if self._has_text[index]:
-            lines = files.read_inside(self._root, os.path.splitext(path)[0] + ".txt").splitlines()
+            lines = files.read_inside(self._root, os.path.splitext(path)[0] + ".txt", _MAX_TEXT_BYTES).splitlines()
         captions = {"txt": lines} if lines is not None else {"class": name} if name is not None else {}
         raw = {"image": partial(files.read_inside, self._root, path), "label": label, "class": name, "txt": lines}
         return assemble(raw | {"captions": captions}, self._fields, key)

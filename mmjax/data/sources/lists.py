@@ -4,7 +4,7 @@ import bisect
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from mmjax.data.sources.arrow_files import convert
 from mmjax.data.sources.rows import names_within, with_image_file
 from mmjax.data.sources.tables import TableSource
 from mmjax.errors import RecordError, UserError
+from mmjax.files import Progress, silent
 
 MAX_LINE_BYTES = 16 * 2**20
 _CHUNK_BYTES = 16 * 2**20
@@ -22,7 +23,7 @@ _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 class CsvSource(TableSource):
-    """The rows of CSV files, or of tab-separated ones (.tsv), from copies in Arrow's format in the cache."""
+    """The rows of CSV files, or of tab-separated ones, from copies in Arrow's format in the cache."""
 
     def __init__(
         self,
@@ -30,12 +31,13 @@ class CsvSource(TableSource):
         split: str = "",
         fields: Fields | None = None,
         root: str = "",
-        progress: Callable[[Iterable, int, str], Iterable] | None = None,
+        progress: Progress = silent,
     ):
         """Parses the files that are not in the cache yet.
 
         Args:
-          location: a pattern of files (`files.expand`) in UTF-8, each with a header. Quoted values may hold line
+          location: a pattern of files (`files.expand`) in UTF-8, each with a header: where that has tabs and no comma,
+            tabs separate values. Quoted values may hold line
             breaks; an empty value is a missing one.
           split: not used.
           fields: the mapping.
@@ -43,8 +45,8 @@ class CsvSource(TableSource):
           progress: `progress(items, total, title)` wraps the iteration over the files to show it.
 
         Raises:
-          UserError: a row has another number of values than the header, or see `TableSource`.
-          OSError: the cache cannot be written.
+          UserError: a row has another number of values than the header, the cache cannot be written, or see
+            `TableSource`.
         """
         lists = files.expand(location)
         super().__init__(convert(lists, "csv", _csv_batches, progress), lists, fields, root, {})
@@ -60,7 +62,7 @@ class JsonLinesSource:
         split: str = "",
         fields: Fields | None = None,
         root: str = "",
-        progress: Callable[[Iterable, int, str], Iterable] | None = None,
+        progress: Progress = silent,
     ):
         """Finds the lines.
 
@@ -77,11 +79,8 @@ class JsonLinesSource:
         self._paths, self._fields = files.expand(location), fields or Fields()
         self._keys = names_within(self._paths)
         self._folders = [root or os.path.dirname(os.path.abspath(path)) for path in self._paths]
-        paths: Iterable = self._paths
-        if progress:
-            paths = progress(paths, len(self._paths), f"finding the lines of {len(self._paths):,} lists")
         self._lines, digests = [], []
-        for path in paths:
+        for path in progress(self._paths, len(self._paths), f"finding the lines of {len(self._paths):,} lists"):
             lines, digest = _find_lines(path)
             self._lines.append(lines)
             digests.append(digest)
@@ -105,7 +104,10 @@ def _csv_batches(path: str) -> tuple[Any, Iterator]:
     import pyarrow as pa
     from pyarrow import csv
 
-    delimiter = "\t" if ".tsv" in os.path.basename(path).lower() else ","
+    with open(path, "rb") as file:
+        header = file.readline(_CHUNK_BYTES)
+    # open_clip writes tabs into .csv too.
+    delimiter = "\t" if b"\t" in header and b"," not in header else ","
     options = {
         "read_options": csv.ReadOptions(block_size=_CHUNK_BYTES, use_threads=False),  # so errors name the row
         "parse_options": csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),

@@ -7,7 +7,7 @@ pages. Parquet can only be read by whole row groups: its files are converted onc
 import glob
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,10 @@ import numpy as np
 
 from mmjax import files
 from mmjax.data.records import Fields, assemble
-from mmjax.data.sources.arrow_files import convert, one_line, read_arrow
+from mmjax.data.sources.arrow_files import convert, read_arrow
 from mmjax.data.sources.rows import check_columns, names_within, with_image_file
-from mmjax.errors import RecordError, UserError
+from mmjax.errors import RecordError, UserError, one_line
+from mmjax.files import Progress, silent
 
 # What is read of a Parquet file at once: these bound the memory.
 _BATCH_ROWS = 256
@@ -97,7 +98,7 @@ class ArrowSource(TableSource):
         split: str = "",
         fields: Fields | None = None,
         root: str = "",
-        progress: Callable[[Iterable, int, str], Iterable] | None = None,
+        progress: Progress = silent,
     ):
         """Maps the files.
 
@@ -141,27 +142,35 @@ class ParquetSource(TableSource):
         split: str = "",
         fields: Fields | None = None,
         root: str = "",
-        progress: Callable[[Iterable, int, str], Iterable] | None = None,
+        progress: Progress = silent,
     ):
         """Converts the files that are not in the cache yet.
 
         Args:
-          location: a pattern of files (`files.expand`), or a folder: all `*.parquet` in it.
-          split: not used.
+          location: a pattern of files (`files.expand`), or a folder: all `*.parquet` in it, or in its folder "data" as
+            in repositories of Hugging Face; those called "SPLIT-..." where there are such.
+          split: see `location`.
           fields: the mapping.
           root: the folder of image files; "" is the folder of the Parquet files.
           progress: `progress(items, total, title)` wraps the iteration over the files to show it.
 
         Raises:
-          UserError: see `TableSource`.
-          OSError: the cache cannot be written.
+          UserError: the cache cannot be written, or see `TableSource`.
         """
-        originals = files.expand(
-            os.path.join(glob.escape(location), "*.parquet") if os.path.isdir(location) else location
-        )
+        originals = _parquet_files(location, split) if os.path.isdir(location) else files.expand(location)
         paths = convert(originals, "parquet", _parquet_batches, progress)
         super().__init__(paths, originals, fields, root, {})
         self.fingerprint = files.fingerprint("parquet", files.names_and_sizes(originals), self._fields)
+
+
+def _parquet_files(folder: str, split: str) -> list[str]:
+    for below in (folder, os.path.join(folder, "data")):
+        start = glob.escape(os.path.join(below, ""))
+        found = sorted(glob.glob(f"{start}*.parquet"))
+        of_split = [path for path in found if split and os.path.basename(path).startswith(f"{split}-")]
+        if found:
+            return of_split or found
+    raise UserError(f"no *.parquet in {folder}, nor in {os.path.join(folder, 'data')}")
 
 
 def _parquet_batches(path: str) -> tuple[Any, Iterator]:

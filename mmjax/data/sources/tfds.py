@@ -1,7 +1,7 @@
 """Data sets that TFDS has prepared, read without TensorFlow."""
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,7 +11,8 @@ from mmjax import files
 from mmjax.data import records
 from mmjax.data.records import Fields, assemble
 from mmjax.data.sources.rows import check_columns
-from mmjax.errors import RecordError, UserError
+from mmjax.errors import RecordError, UserError, one_line
+from mmjax.files import Progress, silent
 
 _PREPARE = 'tfds.builder("NAME", file_format="array_record").download_and_prepare()'
 
@@ -28,7 +29,7 @@ class TfdsSource:
         split: str = "",
         fields: Fields | None = None,
         root: str = "",
-        progress: Callable[[Iterable, int, str], Iterable] | None = None,
+        progress: Progress = silent,
     ):
         """Opens a split.
 
@@ -72,7 +73,7 @@ class TfdsSource:
                 return records.decode(packed)
             raw = _plain(self._features, self._features.deserialize_example_np(packed, decoders=self._decoders))
         except Exception as error:  # whatever the two libraries make of damaged bytes
-            raise RecordError(f"record {key!r} cannot be read: {' '.join(str(error).split())[:300]}") from error
+            raise RecordError(f"record {key!r} cannot be read: {one_line(error)}") from error
         return assemble(raw, self._fields, key)
 
 
@@ -124,7 +125,7 @@ def _open(folder: str) -> Any:
     try:
         return _tfds().builder_from_directory(folder)
     except Exception as error:  # TFDS has no error of its own for damaged descriptions
-        raise UserError(f"{folder} is no TFDS data set, or is damaged: {' '.join(str(error).split())[:300]}") from error
+        raise UserError(f"{folder} is no TFDS data set, or is damaged: {one_line(error)}") from error
 
 
 def _open_split(builder: Any, folder: str, split: str) -> tuple[Any, list[str]]:

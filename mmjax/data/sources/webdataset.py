@@ -6,7 +6,7 @@ import functools
 import io
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 from mmjax import files
@@ -15,6 +15,7 @@ from mmjax.data.records import Fields
 from mmjax.data.sources import tar_index
 from mmjax.data.sources.tar_index import Shard
 from mmjax.errors import RecordError, UserError
+from mmjax.files import Progress, silent
 
 _MAX_TEXT_BYTES = 16 * 2**20  # of one text or JSON member
 _OPEN_FILES = 256
@@ -35,7 +36,7 @@ class WebDatasetSource:
         split: str = "",
         fields: Fields | None = None,
         root: str = "",
-        progress: Callable[[Iterable, int, str], Iterable] | None = None,
+        progress: Progress = silent,
     ):
         """Opens the shards.
 
@@ -53,7 +54,7 @@ class WebDatasetSource:
         self._shards = [tar_index.shard(path) for path in paths]
         self._fields = fields = fields or Fields()
         self.fingerprint = files.fingerprint("webdataset", files.names_and_sizes(paths), fields)
-        self._index = tar_index.open_index(self._shards, progress or (lambda items, *_: items))
+        self._index = tar_index.open_index(self._shards, progress)
         self._first_records = self._index.records.tolist()
         if not len(self):
             raise UserError(f"{location!r} holds no record: no member has a name such as 0001.jpg")
