@@ -87,5 +87,8 @@ def test_openmoji_by_split(openmoji_folder):
     with pytest.raises(UserError) as caught:
         OpenMojiSource("", "valid")
     assert str(caught.value) == 'openmoji has no split "valid"; known: train, test, all'
-    with pytest.raises(UserError, match="takes no location"):
+    with pytest.raises(UserError, match='openmoji has no language "folder"; known: en, es'):
         OpenMojiSource("folder", "train")
+    some = OpenMojiSource("de,en", "test")
+    assert some[0]["captions"] == {language: test[0]["captions"][language] for language in ("de", "en")}
+    assert some.fingerprint != test.fingerprint
