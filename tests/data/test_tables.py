@@ -206,6 +206,8 @@ def test_the_files_of_a_split_in_a_folder(tmp_path):
     assert len(ParquetSource(folder)) == len(ParquetSource(folder, "other")) == 10
     with pytest.raises(UserError, match="no \\*.parquet in"):
         ParquetSource(str(tmp_path))
+    with pytest.raises(UserError, match="written by save_to_disk: use arrow:"):
+        ParquetSource(str(save_to_disk(tmp_path / "saved", [table(0, 5)])))
 
 
 @settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])

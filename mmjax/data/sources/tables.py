@@ -170,7 +170,9 @@ def _parquet_files(folder: str, split: str) -> list[str]:
         of_split = [path for path in found if split and os.path.basename(path).startswith(f"{split}-")]
         if found:
             return of_split or found
-    raise UserError(f"no *.parquet in {folder}, nor in {os.path.join(folder, 'data')}")
+    saved = any(os.path.exists(os.path.join(folder, name)) for name in ("state.json", "dataset_dict.json"))
+    hint = f"; it was written by save_to_disk: use arrow:{folder}" if saved else ""
+    raise UserError(f"no *.parquet in {folder}, nor in {os.path.join(folder, 'data')}{hint}")
 
 
 def _parquet_batches(path: str) -> tuple[Any, Iterator]:
