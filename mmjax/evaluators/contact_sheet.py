@@ -34,7 +34,8 @@ def draw(
     for row, caption in enumerate(captions):
         top = GAP + row * row_height
         hit = "" if any(right[row]) else f"   (not among the first {columns})"
-        pen.text((GAP, top), _fit(caption + hit, font, width - 2 * GAP), INK, font)
+        fitting = _fit(caption, font, width - 2 * GAP - font.getlength(hit))
+        pen.text((GAP, top), fitting + hit, INK, font)
         for column, pixels in enumerate(images[row]):
             left, tile_top = GAP + column * (TILE + GAP), top + CAPTION_HEIGHT - 6
             sheet.paste(Image.fromarray(pixels), (left, tile_top))
@@ -45,7 +46,7 @@ def draw(
     sheet.save(path)
 
 
-def _fit(caption: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+def _fit(caption: str, font: ImageFont.FreeTypeFont, width: float) -> str:
     """The caption, shortened with "..." to `width` pixels."""
     if font.getlength(caption) <= width:
         return caption
