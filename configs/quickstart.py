@@ -35,11 +35,13 @@ def get_config(arg=None):
     config.optimizer.warmup = 60.0
     config.train.steps = 600
     config.train.checkpoint_every = 200
-    config.evaluators.test = configs.retrieval(source="openmoji:en", every=300)
-    config.evaluators.everything = configs.retrieval(source="openmoji:en", gallery_split="all", contact_sheet=True)
+    config.evaluators.test = configs.retrieval(source="openmoji:en", match="record", every=300)
+    config.evaluators.everything = configs.retrieval(
+        source="openmoji:en", match="record", gallery_split="all", contact_sheet=True
+    )
     if every_language:
         config.streams.train.source = "openmoji"
         config.model.encoders.text.vocab_size = 16_384
         config.model.encoders.text.length = 24
-        config.evaluators.test_every_language = configs.retrieval()
+        config.evaluators.test_every_language = configs.retrieval(match="record")
     return config

@@ -35,7 +35,7 @@ def get_config(arg=None):
     config.optimizer.schedule = "cosine"
     config.optimizer.warmup = 200.0
     config.train.steps = 2000
-    config.evaluators.test = configs.retrieval(source="openmoji:en", every=500, contact_sheet=True)
+    config.evaluators.test = configs.retrieval(source="openmoji:en", match="record", every=500, contact_sheet=True)
     if arg == "smoke":
         config.streams.train.batch_size = 8
         config.optimizer.warmup = 1.0

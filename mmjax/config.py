@@ -162,11 +162,16 @@ def component(**fields) -> ConfigDict:
 
 
 def retrieval(**fields) -> ConfigDict:
-    """Image-text retrieval. `gallery_split` widens the images that are searched beyond `split`."""
+    """Image-text retrieval. `gallery_split` widens the images that are searched beyond `split`.
+
+    `match` says what a caption belongs to: "image", all records with the same image bytes, as in lists with a row for
+    each caption; or "record", its own record alone, even where another one has the same image.
+    """
     own = {
         "kind": "retrieval",
         "every": 0,
         "gallery_split": "",
+        "match": "image",
         "captions": (),
         "batch_size": 256,
         "contact_sheet": False,

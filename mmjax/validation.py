@@ -95,6 +95,8 @@ def _check_names(config: ConfigDict) -> None:
         if name == "image":
             _one_of(encoder.position, ("learned", "sincos2d"), "model.encoders.image.position")
             _one_of(encoder.resize, FOR_EVALUATION, "model.encoders.image.resize")
+    for name, entry in config.evaluators.items():
+        _one_of(entry.match, ("image", "record"), f"evaluators.{name}.match")
     for name, entry in config.objectives.items():
         _one_of(entry.kind, OBJECTIVES, f"objectives.{name}.kind")
     for name, entry in config.streams.items():

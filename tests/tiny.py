@@ -23,5 +23,5 @@ def get_config(arg=None):
     config.train.steps = int(arg or 8)
     config.train.log_every = 1
     config.train.checkpoint_every = 2
-    config.evaluators.test = configs.retrieval(source="openmoji:en", batch_size=80)
+    config.evaluators.test = configs.retrieval(source="openmoji:en", match="record", batch_size=80)
     return config

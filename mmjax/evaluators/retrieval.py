@@ -1,7 +1,7 @@
 """Image-text retrieval: recall at 1, 5 and 10, median and mean rank, in both directions."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from functools import cached_property
 from pathlib import Path
 
@@ -84,25 +84,28 @@ class Retrieval:
             )
 
     @cached_property
-    def _images(self) -> dict[bytes, int]:
-        """The images of the gallery, by their bytes: each with the number of the first record that has it.
-
-        Data sets with a record for each caption repeat their images, and keys may repeat between files.
-        """
-        found: dict[bytes, int] = {}
+    def _images(self) -> dict[Hashable, int]:
+        """What tells each image of the gallery from the others, and the number of the first record that has it."""
+        found: dict[Hashable, int] = {}
         for index in range(len(self._gallery)):
-            found.setdefault(_image_digest(self._gallery[index]), index)
+            record = self._gallery[index]
+            if found.setdefault(self._identity(record), index) != index and self._entry.match == "record":
+                raise UserError(f'several records have the key {record["key"]!r}: set match to "image"')
         return found
 
+    def _identity(self, record: dict) -> Hashable:
+        """Equal for records of the same image: the image's bytes (their digest), or the record's key."""
+        return record["key"] if self._entry.match == "record" else hashlib.sha256(pixels_or_bytes(record)).digest()
+
     @cached_property
-    def _captions(self) -> tuple[list[str], list[tuple[bytes, str]]]:
+    def _captions(self) -> tuple[list[str], list[tuple[Hashable, str]]]:
         """All captions, and for each the image that it belongs to and the key of its record."""
         captions, owners = [], []
         for index in range(len(self._queries)):
             record = self._queries[index]
             for caption in captions_of(record, self._entry.captions):
                 captions.append(caption)
-                owners.append((_image_digest(record), record["key"]))
+                owners.append((self._identity(record), record["key"]))
         return captions, owners
 
     def evaluate(self, model: Model, picture: Path | None = None) -> Iterator[tuple[str, float]]:
@@ -136,10 +139,6 @@ class Retrieval:
                 [evaluation_images(self._gallery, contact_sheet.TILE, "squash", gallery[row])[0] for row in found],
                 [[int(index) == text_owners[row] for index in line] for row, line in zip(chosen, found, strict=True)],
             )
-
-
-def _image_digest(record: dict) -> bytes:
-    return hashlib.sha256(pixels_or_bytes(record)).digest()
 
 
 def _summary(direction: str, found: Int[np.ndarray, " queries"]) -> Iterator[tuple[str, float]]:

@@ -1,4 +1,5 @@
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -7,6 +8,7 @@ from mmjax import config as configs
 from mmjax.data import image
 from mmjax.data.pipeline import evaluation_images
 from mmjax.data.sources import open_source
+from mmjax.errors import UserError
 from mmjax.evaluators import contact_sheet, retrieval
 from tests.data import samples
 
@@ -110,3 +112,21 @@ def test_one_row_for_each_caption_and_keys_that_repeat_are_the_same_images(tmp_p
         metrics = dict(evaluator.evaluate(Oracle()))
         assert metrics["text_to_image_R@1"] == metrics["image_to_text_R@1"] == 1.0, source
         assert metrics["image_to_text_mean_rank"] == 1.0 and "unreadable_images" not in metrics
+
+
+def test_captions_may_belong_to_their_record_alone(tmp_path):
+    """Equal images of other records then are rivals, and ties count against the model."""
+    written = samples.write_all(tmp_path)
+    twice = written["webdataset"] + "::" + written["webdataset"].partition(":")[2]
+    with pytest.raises(UserError, match="several records have the key '000': set match to \"image\""):
+        retrieval.Retrieval(configs.retrieval(source=twice, split="", match="record")).open()
+    for name in ("a", "b"):
+        (tmp_path / "both" / name).mkdir(parents=True)
+        (tmp_path / "both" / name / "x.png").write_bytes(samples.png(0))
+        (tmp_path / "both" / name / "x.txt").write_text("picture 0 seen")
+    recalls = {}
+    for match in ("image", "record"):
+        evaluator = retrieval.Retrieval(configs.retrieval(source=f"folder:{tmp_path / 'both'}", split="", match=match))
+        evaluator.open()
+        recalls[match] = dict(evaluator.evaluate(Oracle()))["text_to_image_R@1"]
+    assert recalls == {"image": 1.0, "record": 0.0}
