@@ -12,12 +12,14 @@ The same command goes on with a preparation that was stopped. OUT/manifest.json 
 Exit codes: 0 done, 2 a mistake in the flags or no record left, 130 stopped by Ctrl-C.
 """
 
+import _thread
 import contextlib
 import io
 import logging
 import os
 import re
 import shlex
+import signal
 import sys
 import threading
 import time
@@ -58,7 +60,7 @@ _WORKERS = flags.DEFINE_integer("workers", 0, "threads of the DirectRunner; 0: o
 _DEBUG = flags.DEFINE_bool("debug", False, "show tracebacks and the libraries' own messages")
 
 CONSOLE = Console(file=sys.stderr, highlight=False)
-POLL_SECONDS = 0.5
+POLL_SECONDS = 0.2
 LINE_SECONDS = 30  # between two lines where there is no terminal
 
 
@@ -72,6 +74,7 @@ def main(arguments: list[str]) -> int:
     from mmjax.data import preparation
 
     folder = Path(out)
+    signal.signal(signal.SIGINT, _interrupt)
     # Beam's workers print tracebacks of what is raised here too.
     with contextlib.nullcontext() if _DEBUG.value else contextlib.redirect_stderr(io.StringIO()):
         manifest, was_there = preparation.prepare(_settings(source, folder), folder, _RUNNER.value, _options(), _watch)
@@ -140,6 +143,14 @@ def _options() -> list[str]:
     return [f"--direct_num_workers={workers}", f"--direct_running_mode={mode}", *options]
 
 
+_interrupted = threading.Event()
+
+
+def _interrupt(number: int, frame) -> None:
+    _interrupted.set()
+    raise KeyboardInterrupt
+
+
 @contextlib.contextmanager
 def _watch(title: str, total: int, done: Callable[[], int]) -> Iterator[None]:
     """Asks in a thread how far the pipeline is: a bar on a terminal, a line now and then elsewhere."""
@@ -151,6 +162,8 @@ def _watch(title: str, total: int, done: Callable[[], int]) -> Iterator[None]:
         def poll():
             told = time.monotonic()
             while not ended.wait(POLL_SECONDS):
+                if _interrupted.is_set():  # what Beam was doing just then may have swallowed it
+                    _thread.interrupt_main()
                 progress.update(task, completed=min(done(), total))
                 if not CONSOLE.is_terminal and time.monotonic() - told > LINE_SECONDS:
                     told = time.monotonic()
@@ -162,6 +175,8 @@ def _watch(title: str, total: int, done: Callable[[], int]) -> Iterator[None]:
         thread.start()
         try:
             yield
+            if _interrupted.is_set():
+                raise KeyboardInterrupt
             progress.update(task, completed=total)
         finally:
             ended.set()

@@ -293,9 +293,9 @@ def large(tmp_path_factory):
     """Images that take their time, and what becomes of them where nothing interrupts."""
     folder = tmp_path_factory.mktemp("large")
     data = JsonLines(folder / "data")
-    for seed in range(48):
+    for seed in range(144):
         data.add(cv2.resize(scene(seed), (1600, 1200)))
-    arguments = (data.source, "--name=large", "--shards=24", "--short_side=64", "--workers=1")
+    arguments = (data.source, "--name=large", "--shards=48", "--short_side=64", "--workers=1")
     code, output = programs.run("prepare", arguments[0], folder / "out", *arguments[1:])
     assert code == 0, output
     return arguments, shard_digests(folder / "out"), output
@@ -304,7 +304,7 @@ def large(tmp_path_factory):
 def test_the_report_says_how_to_go_on(large):
     _, _, output = large
     assert "--config.streams.train.source='array_record:" in output and "tfds.builder_from_directory(" in output
-    assert "48" in output and "manifest.json" in output
+    assert "144" in output and "manifest.json" in output
 
 
 @pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGINT], ids=["SIGKILL", "Ctrl-C"])
@@ -320,7 +320,7 @@ def test_stopped_while_writing_and_started_again(large, tmp_path, sign):
     assert process.returncode == (-9 if sign == signal.SIGKILL else 130), output
     assert "Traceback" not in output
     there = shard_digests(out)
-    assert 0 < len(there) < 24 and there.items() <= digests.items()
+    assert 0 < len(there) < 48 and there.items() <= digests.items()
     times = {path: path.stat().st_mtime_ns for path in sorted(out.glob("large-*"))[:-1]}
     code, output = programs.run("prepare", source, out, *flags)
     assert code == 0, output

@@ -88,9 +88,10 @@ def test_a_resumed_run_refuses_other_data(tmp_path, openmoji_folder):
         state = run.make_state()
         at_step = TrainState(jax.numpy.int32(2), state.params, state.opt_state, state.ema)
         checkpoints.save(at_step, run.tokenizer.to_json(), run.fingerprints, {})
-    (tmp_path / "data").rename(tmp_path / "moved")
-    config.streams.train.source = f"array_record:{tmp_path / 'moved'}"
+    (tmp_path / "moved").mkdir()
+    (tmp_path / "data").rename(tmp_path / "moved" / "data")
+    config.streams.train.source = f"array_record:{tmp_path / 'moved' / 'data'}"
     assert setup.prepare(config, run.workdir).fingerprints == run.fingerprints  # the same data at another place
-    write(tmp_path / "moved", 0.01)
+    write(tmp_path / "moved" / "data", 0.01)
     with pytest.raises(UserError, match=r"config.streams.train.source: its data are not those that the run in"):
         setup.prepare(config, run.workdir)
