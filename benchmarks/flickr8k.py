@@ -27,7 +27,7 @@ from pathlib import Path
 
 import numpy as np
 import report
-from quickstart import NEEDED, ROOT, import_torchvision, timed, training_seconds
+from quickstart import NEEDED, ROOT, import_torchvision, open_clip_optimizer, timed, training_seconds
 
 RECALLS = [f"{direction}_R@{k}" for direction in ("text_to_image", "image_to_text") for k in (1, 5, 10)]
 
@@ -109,7 +109,11 @@ def open_clip_peer(arguments: argparse.Namespace) -> dict[str, float]:
     torch.manual_seed(arguments.seed)
     torch.set_num_threads(os.cpu_count() or 1)
     model = open_clip_model(config)
-    optimizer, schedule = open_clip_optimizer(model, config.optimizer, steps, warmup)
+    settings = config.optimizer
+    betas = (settings.b1, settings.b2)
+    optimizer, schedule = open_clip_optimizer(
+        model, steps, warmup, settings.learning_rate, settings.weight_decay, betas
+    )
     loss_function = open_clip.loss.ClipLoss()
     times = [time.perf_counter()]
     for step, (images, texts) in enumerate(open_clip_batches(config, arguments, steps)):
@@ -151,23 +155,6 @@ def open_clip_model(config):
         init_logit_scale=math.log(config.model.logit_scale),
         output_dict=True,
     )
-
-
-def open_clip_optimizer(model, settings, steps: int, warmup: float):
-    """AdamW as in open_clip's trainer (no decay of gains, biases and the logits' scale), and the recipe's schedule."""
-    import torch
-
-    def factor(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / warmup
-        return (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
-
-    matrices = [value for value in model.parameters() if value.ndim >= 2]
-    others = [value for value in model.parameters() if value.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    betas = (settings.b1, settings.b2)
-    optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=betas, fused=True)
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
 class Pairs:

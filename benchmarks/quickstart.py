@@ -186,7 +186,7 @@ def open_clip_peer(arguments: argparse.Namespace) -> dict[str, float]:
     images, texts = load_openmoji()
     steps, model = arguments.steps or STEPS, open_clip_model()
     network = torch.compile(model) if arguments.compile else model
-    optimizer, schedule = open_clip_optimizer(model, steps)
+    optimizer, schedule = open_clip_optimizer(model, steps, warmup_steps(steps), LEARNING_RATE, WEIGHT_DECAY, BETAS)
     loss_function = open_clip.loss.SigLipLoss()
     windows = shifted_windows(images["train"])
     training_texts = torch.from_numpy(texts["train"]).long()
@@ -265,7 +265,7 @@ def open_clip_model():
     )
 
 
-def open_clip_optimizer(model, steps: int):
+def open_clip_optimizer(model, steps: int, warmup: float, learning_rate: float, weight_decay: float, betas: tuple):
     """AdamW as in open_clip's trainer (no decay of gains, biases and the logits' scale), and its schedule."""
     import torch
 
@@ -274,11 +274,10 @@ def open_clip_optimizer(model, steps: int):
             return (step + 1) / warmup
         return (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
 
-    warmup = warmup_steps(steps)
     matrices = [value for value in model.parameters() if value.ndim >= 2]
     others = [value for value in model.parameters() if value.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=BETAS, fused=True)
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
