@@ -36,7 +36,7 @@ ATTRIBUTION = "Drawings: OpenMoji (openmoji.org), CC BY-SA 4.0. Names: Unicode C
 
 _SKIN_TONES = frozenset(range(0x1F3FB, 0x1F400))
 _FULLY_QUALIFIED = 2  # the status code that the package `emoji` gives to these
-_BUILD_VERSION = 1  # raise it whenever the code below would write other bytes
+_BUILD_VERSION = 2  # raise it whenever the code below would write other bytes
 # What a mirror image would contradict: letters, digits, clocks, arrows, currency, directions.
 _NEVER_MIRRORED = (
     (0x1F100, 0x1F2FF),

@@ -24,7 +24,7 @@ from typing import Any
 from mmjax.errors import RecordError
 
 VERSION = 2
-WRITER_OPTIONS = "group_size:1,zstd:3"
+WRITER_OPTIONS = "group_size:1,uncompressed"  # images are compressed already
 MAX_CAPTION = 10_000  # characters; what goes beyond is cut off
 MAX_CAPTIONS = 1_000  # of one record
 
