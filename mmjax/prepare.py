@@ -3,12 +3,14 @@
     python -m mmjax.prepare 'webdataset:shards/{00000..00099}.tar' data/clean
     python -m mmjax.prepare jsonl:captions.jsonl data/clean --root=images --short_side=384 --exclude=folder:evaluation
     python -m mmjax.prepare parquet:/raw/*.parquet /clean --runner=FlinkRunner --beam_options="--parallelism=64"
+    python -m mmjax.prepare parquet:/raw/*.parquet gs://bucket/clean --runner=DataflowRunner --beam_options="..."
 
-SOURCE is KIND:LOCATION as in a recipe's streams (docs/data.md); OUT is a new folder. Records are dropped that cannot
-be read, are too small, too elongated or without a fitting caption, and images that are there already: the record that
-comes first stays. The rest keeps its order. Two images are nearly the same when their 64-bit perceptual hashes differ
-in at most --near_distance bits; it sees brightness alone, so use --near_distance=-1 for drawings that differ in colour.
-The same command goes on with a preparation that was stopped. OUT/manifest.json tells what was dropped and why.
+SOURCE is KIND:LOCATION as in a recipe's streams (docs/data.md); OUT is a new folder: a path, or with the package gcsfs
+or s3fs gs://BUCKET/FOLDER or s3://BUCKET/FOLDER. Records are dropped that cannot be read, are too small, too elongated
+or without a fitting caption, and images that are there already: the record that comes first stays. The rest keeps its
+order. Two images are nearly the same when their 64-bit perceptual hashes differ in at most --near_distance bits; it
+sees brightness alone, so use --near_distance=-1 for drawings that differ in colour. The same command goes on with a
+preparation that was stopped. OUT/manifest.json tells what was dropped and why.
 Exit codes: 0 done, 2 a mistake in the flags or no record left, 130 stopped by Ctrl-C.
 """
 
@@ -24,7 +26,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 from absl import flags
 from rich.console import Console
@@ -67,24 +68,21 @@ LINE_SECONDS = 30  # between two lines where there is no terminal
 def main(arguments: list[str]) -> int:
     """Prepares as the flags say; returns the exit code."""
     source, out = arguments
-    if "://" in out:
-        raise UserError(f"OUT {out}: only folders of a file system that is mounted here")
     if not _DEBUG.value:
         logging.getLogger().setLevel(logging.ERROR)
     from mmjax.data import preparation
 
-    folder = Path(out)
     signal.signal(signal.SIGINT, _interrupt)
     # Beam's workers print tracebacks of what is raised here too.
     with contextlib.nullcontext() if _DEBUG.value else contextlib.redirect_stderr(io.StringIO()):
-        manifest, was_there = preparation.prepare(_settings(source, folder), folder, _RUNNER.value, _options(), _watch)
+        manifest, was_there = preparation.prepare(_settings(source, out), out, _RUNNER.value, _options(), _watch)
     if was_there:
-        CONSOLE.print(f"{folder} is whole already: nothing to do", markup=False)
-    _report(manifest, folder)
+        CONSOLE.print(f"{out} is whole already: nothing to do", markup=False)
+    _report(manifest, out.rstrip("/"))
     return 0
 
 
-def _settings(source: str, out: Path):
+def _settings(source: str, out: str):
     from mmjax.data.preparation_plan import Settings
 
     splits = _for_each_exclude("exclude_split", _EXCLUDE_SPLIT.value)
@@ -95,7 +93,7 @@ def _settings(source: str, out: Path):
         fields=_fields(_FIELDS.value),
         root=_ROOT.value,
         exclude=tuple(zip(_EXCLUDE.value, splits, roots, strict=True)),
-        name=_NAME.value or re.sub(r"\W", "_", out.resolve().name) or "dataset",
+        name=_NAME.value or re.sub(r"\W", "_", os.path.basename(os.path.realpath(out))) or "dataset",
         out_split=_OUT_SPLIT.value,
         shards=_SHARDS.value,
         short_side=_SHORT_SIDE.value,
@@ -183,7 +181,7 @@ def _watch(title: str, total: int, done: Callable[[], int]) -> Iterator[None]:
             thread.join()
 
 
-def _report(manifest: dict, out: Path) -> None:
+def _report(manifest: dict, out: str) -> None:
     CONSOLE.print(f"{manifest['settings']['source']} -> {out}", markup=False, soft_wrap=True)
     table = Table()
     table.add_column("")
@@ -198,10 +196,12 @@ def _report(manifest: dict, out: Path) -> None:
         CONSOLE.print(f"{manifest['unreadable_in_excluded']:,} records of excluded sources could not be read")
     size = sum(shard["bytes"] for shard in manifest["shards"])
     lines = [
-        f"{len(manifest['shards'])} shards, {size / 2**20:,.1f} MiB; what happened: {out / 'manifest.json'}",
+        f"{len(manifest['shards'])} shards, {size / 2**20:,.1f} MiB; what happened: {out}/manifest.json",
         f"train on it:  --config.streams.train.source='array_record:{out}/*.array_record*'",
-        f'with TFDS:    tfds.builder_from_directory("{out}").as_data_source("{manifest["settings"]["out_split"]}")',
     ]
+    if "://" not in out:  # TFDS reads ArrayRecord files from disks only
+        split = manifest["settings"]["out_split"]
+        lines.append(f'with TFDS:    tfds.builder_from_directory("{out}").as_data_source("{split}")')
     for line in lines:
         CONSOLE.print(line, markup=False, soft_wrap=True)
 

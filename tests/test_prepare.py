@@ -341,7 +341,7 @@ def test_stopped_while_writing_and_started_again(large, tmp_path, sign):
         (("jsonl:x", "{out}", "--fields=picture=x"), '"picture=x" is not image=FIELD'),
         (("jsonl:x", "{out}", "--out_split=a-b"), "--out_split=a-b"),
         (("jsonl:x", "{out}", "--exclude=jsonl:y", "--exclude_split=a", "--exclude_split=b"), "2 of them for 1 times"),
-        (("jsonl:x", "gs://bucket/out"), "gs://bucket/out: only folders"),
+        (("jsonl:x", "ftp://host/out"), "OUT ftp://host/out: a folder of this machine, or one of gs://BUCKET/FOLDER"),
     ],
 )
 def test_mistakes_are_told_in_one_line(arguments, message, tmp_path):
@@ -350,11 +350,12 @@ def test_mistakes_are_told_in_one_line(arguments, message, tmp_path):
     assert [line.startswith("error: ") for line in output.strip().splitlines()] == [True], output
 
 
-def test_an_unknown_runner_is_told_in_one_line(tmp_path):
+@pytest.mark.parametrize("runner", ["FlinkRunnr", "no_such_package.Runner"])
+def test_a_runner_that_is_not_there_is_told_in_one_line(runner, tmp_path):
     data = JsonLines(tmp_path / "data")
     data.add(scene(0))
-    code, output = programs.run("prepare", data.source, tmp_path / "out", "--runner=FlinkRunnr")
-    assert code == 2 and "error: runner FlinkRunnr: " in output and "Traceback" not in output
+    with pytest.raises(UserError, match=f"^runner {runner}: [^\n]*$"):
+        preparation.prepare(Settings(data.source), tmp_path / "out", runner)
 
 
 def test_a_full_disk_is_told_in_one_line_and_leaves_no_shard(tmp_path):

@@ -5,25 +5,26 @@
 3. Write: the records that stay, in their order, are read again; each shard is written by one worker.
 
 What is done is kept in OUT/.prepare, so that the same call goes on where it was stopped, and gives the same bytes.
+OUT is a local folder or a remote one (`mmjax.data.preparation_storage`).
 """
 
+import io
 import json
 import logging
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from pathlib import Path
 
 import numpy as np
+from etils import epath
 
 from mmjax.data import preparation_folder
+from mmjax.data import preparation_storage as storage
 from mmjax.data import preparation_work as work
 from mmjax.data.preparation_plan import ANY_FIELDS, EXACT, REASONS, Origin, Plan, Settings
 from mmjax.errors import UserError, one_line
-from mmjax.files import write_atomically
 
 EXAMPLES = 3  # that the report names for each reason
 _USER_ERROR = re.compile(r"mmjax\.errors\.(?:User|Record)Error: (.*?)(?: \[while running|\n|$)")
@@ -39,13 +40,18 @@ def silent(title: str, total: int, done: Callable[[], int]) -> Iterator[None]:
 
 
 def prepare(
-    settings: Settings, out: Path, runner: str = "DirectRunner", options: Sequence[str] = (), watch: Watch = silent
+    settings: Settings,
+    out: str | os.PathLike,
+    runner: str = "DirectRunner",
+    options: Sequence[str] = (),
+    watch: Watch = silent,
 ) -> tuple[dict, bool]:
     """Prepares `settings.source` in the folder `out`, or goes on with what is there.
 
     Args:
       settings: what is made.
-      out: a new folder, or one where this call with the same settings was stopped; all workers reach it.
+      out: a new folder, or one where this call with the same settings was stopped; all workers reach it. A path, or
+        gs://BUCKET/FOLDER or s3://BUCKET/FOLDER; nothing keeps two processes out of one remote folder.
       runner: a Beam runner's name.
       options: for Beam, as on a command line.
       watch: shows progress.
@@ -54,9 +60,9 @@ def prepare(
       The manifest, and whether everything was there already.
 
     Raises:
-      UserError: a source cannot be opened, `out` holds something else, or no record is left.
+      UserError: a source cannot be opened, `out` holds something else or cannot be reached, or no record is left.
     """
-    plan = Plan(settings, os.path.abspath(out), _origins(settings))
+    plan = Plan(settings, storage.locate(out), _origins(settings))
     with preparation_folder.claimed(plan):
         preparation_folder.check_same(plan)
         run = partial(_run, runner=runner, options=options)
@@ -64,10 +70,10 @@ def prepare(
         if manifest:
             return manifest, True
         _beam()
-        if not (plan.state / "summary.json").exists():
+        if storage.size(plan.state / "summary.json") < 0:
             _scan(plan, run, watch)
             _compare(plan, run, watch)
-        summary = json.loads((plan.state / "summary.json").read_text())
+        summary = json.loads(storage.read(plan.state / "summary.json"))
         if not summary["out"]:
             raise UserError(f"no record of {settings.source} is left: {_most_frequent(summary['dropped'])}")
         _write(plan, summary["out"], run, watch)
@@ -99,25 +105,30 @@ def _origins(settings: Settings) -> tuple[Origin, ...]:
 
 def _scan(plan: Plan, run: Callable, watch: Watch) -> None:
     folder = plan.state / "scan"
-    folder.mkdir(exist_ok=True)
+    storage.make(folder)
     chunks = [(number, *chunk) for number, origin in enumerate(plan.origins) for chunk in origin.chunks]
-    missing = [chunk for chunk in chunks if not plan.scanned(*chunk[:2]).exists()]
+
+    def find_missing():
+        there = set(storage.names(folder))
+        return [chunk for chunk in chunks if plan.scanned(*chunk[:2]).name not in there]
+
+    missing = find_missing()
 
     def build(pipeline, beam):
         return _spread(pipeline, beam, missing) | "scan" >> beam.Map(partial(work.scan_chunk, plan))
 
     if missing:
-        with watch("reading chunks of records", len(chunks), lambda: len(list(folder.glob("*.json")))):
+        with watch("reading chunks of records", len(chunks), storage.counter(folder, "*.json")):
             run(build)
-    if not all(plan.scanned(number, begin).exists() for number, begin, _ in missing):
+    if missing and find_missing():
         raise UserError(f"not all workers write into the same {plan.out}")
 
 
 def _compare(plan: Plan, run: Callable, watch: Watch) -> None:
     """Finds duplicates, and writes kept.npy (indices), twins.npy (index, that of an equal image) and summary.json."""
     folder = plan.state / "pairs"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
+    storage.remove(folder)  # of a comparison that was stopped
+    storage.make(folder)
     chunks = [(number, begin) for number, origin in enumerate(plan.origins) for begin, _ in origin.chunks]
     distance = plan.settings.near_distance
 
@@ -129,7 +140,8 @@ def _compare(plan: Plan, run: Callable, watch: Watch) -> None:
         if distance >= 0:
             near = rows | "bands" >> beam.FlatMap(partial(work.by_band, distance)) | "close" >> beam.GroupByKey()
             found.append(near | "distance" >> beam.FlatMap(partial(work.near_pairs, distance)))
-        return found | beam.Flatten() | beam.Map("%d %d %d".__mod__) | beam.io.WriteToText(str(folder / "pairs"))
+        files = found | beam.Flatten() | "file" >> beam.Map(work.by_file) | "together" >> beam.GroupByKey()
+        return files | "pairs" >> beam.Map(partial(work.write_pairs, plan))
 
     with watch("comparing images", 1, lambda: 0):
         run(build)
@@ -137,28 +149,37 @@ def _compare(plan: Plan, run: Callable, watch: Watch) -> None:
     kept = np.flatnonzero(reasons == len(REASONS))
     equal = np.flatnonzero(reasons == REASONS.index(EXACT)).tolist()
     twins = sorted((partners[record], record) for record in equal)
-    np.save(plan.state / "kept.npy", kept)
-    np.save(plan.state / "twins.npy", np.array(twins, np.int64).reshape(-1, 2))
+    _save(plan.state / "kept.npy", kept)
+    _save(plan.state / "twins.npy", np.array(twins, np.int64).reshape(-1, 2))
     summary = {"in": len(reasons), "out": len(kept), "dropped": _dropped(plan, reasons, partners)}
     summary["unreadable_in_excluded"] = _unreadable(plan)
-    write_atomically(plan.state / "summary.json", json.dumps(summary, indent=1).encode())
-    shutil.rmtree(folder)
-    shutil.rmtree(plan.state / "scan")
+    storage.write(plan.state / "summary.json", json.dumps(summary, indent=1).encode())
+    storage.remove(folder)
+    storage.remove(plan.state / "scan")
 
 
-def _judge(plan: Plan, folder: Path) -> tuple[np.ndarray, dict[int, int]]:
+def _save(path: epath.Path, array: np.ndarray) -> None:
+    content = io.BytesIO()
+    np.save(content, array)
+    storage.write(path, content.getbuffer())
+
+
+def _verdicts(plan: Plan, number: int) -> Iterator[list]:
+    """The rows of a source's records, in their order."""
+    chunks = plan.origins[number].chunks
+    for content in storage.read_all([plan.scanned(number, begin) for begin, _ in chunks]):
+        yield from json.loads(content)
+
+
+def _judge(plan: Plan, folder: epath.Path) -> tuple[np.ndarray, dict[int, int]]:
     """The number of each record's reason (len(REASONS): it stays), and which record duplicates resemble."""
-    origin = plan.origins[0]
-    reasons = np.full(origin.records, len(REASONS), np.uint8)
-    for begin, end in origin.chunks:
-        reasons[begin:end] = [row[0] for row in json.loads(plan.scanned(0, begin).read_text())]
+    reasons = np.fromiter((row[0] for row in _verdicts(plan, 0)), np.uint8, plan.origins[0].records)
     partners: dict[int, int] = {}
-    for path in folder.iterdir():
-        with path.open() as file:
-            for reason, record, partner in (map(int, line.split()) for line in file):
-                better = (reason, partner) < (int(reasons[record]), partners.get(record, partner + 1))
-                if better:
-                    reasons[record], partners[record] = reason, partner
+    for content in storage.read_all([folder / name for name in storage.names(folder)]):
+        for reason, record, partner in (map(int, line.split()) for line in content.splitlines()):
+            better = (reason, partner) < (int(reasons[record]), partners.get(record, partner + 1))
+            if better:
+                reasons[record], partners[record] = reason, partner
     return reasons, partners
 
 
@@ -180,9 +201,8 @@ def _unreadable(plan: Plan) -> int:
     """
     total = 0
     for number, origin in list(enumerate(plan.origins))[1:]:
-        rows = [row for begin, _ in origin.chunks for row in json.loads(plan.scanned(number, begin).read_text())]
-        unreadable = [row for row in rows if row[0] != len(REASONS)]
-        if len(unreadable) == len(rows):
+        unreadable = [row for row in _verdicts(plan, number) if row[0] != len(REASONS)]
+        if len(unreadable) == origin.records:
             raise UserError(f"no image of the excluded source {origin.source} can be read: {unreadable[0][1]}")
         total += len(unreadable)
     return total
@@ -196,29 +216,32 @@ def _key(plan: Plan, record: int) -> str:
     number, origin = next((n, o) for n, o in enumerate(plan.origins) if o.first <= record < o.first + o.records)
     index = record - origin.first
     begin = next(begin for begin, end in origin.chunks if begin <= index < end)
-    return json.loads(plan.scanned(number, begin).read_text())[index - begin][1]
+    return json.loads(storage.read(plan.scanned(number, begin)))[index - begin][1]
 
 
 def _write(plan: Plan, kept: int, run: Callable, watch: Watch) -> None:
     total = min(plan.settings.shards, kept)
+    storage.remove(plan.state / "partial")
     for folder in ("partial", "shards"):
-        (plan.state / folder).mkdir(exist_ok=True)
-    for leftover in (plan.state / "partial").iterdir():
-        leftover.unlink()
-    missing = [number for number in range(total) if not preparation_folder.written(plan, number, total)]
+        storage.make(plan.state / folder)
+    whole = preparation_folder.written(plan)
+    missing = [number for number in range(total) if number not in whole]
 
     def build(pipeline, beam):
         return _spread(pipeline, beam, missing) | "write" >> beam.Map(partial(work.write_shard, plan, total))
 
-    whole = (total - len(missing)) * kept // total
     if missing:
-        ticks = plan.state / "partial"
-        with watch(
-            "writing records",
-            kept,
-            lambda: whole + work.TICK * sum(work.file_size(path) for path in ticks.glob("*.ticks")),
-        ):
+        with watch("writing records", kept, _records_written(plan, kept, total, len(whole))):
             run(build)
+
+
+def _records_written(plan: Plan, kept: int, total: int, whole: int) -> Callable[[], int]:
+    """Counts about: by what local workers tell, or by whole shards."""
+    if storage.is_remote(plan.out):
+        shards = storage.counter(plan.out, "*.array_record-*")
+        return lambda: shards() * kept // total
+    ticks = plan.state / "partial"
+    return lambda: whole * kept // total + work.TICK * sum(map(storage.size, ticks.glob("*.ticks")))
 
 
 def _most_frequent(dropped: dict) -> str:
@@ -231,7 +254,7 @@ def _run(build: Callable, runner: str, options: Sequence[str]) -> None:
     """Runs a pipeline to its end.
 
     Raises:
-      UserError: a worker raised one, or the runner does not exist.
+      UserError: a worker raised one, or the runner does not exist or lacks a package.
     """
     beam = _beam()
     from apache_beam.options.pipeline_options import PipelineOptions
@@ -241,7 +264,7 @@ def _run(build: Callable, runner: str, options: Sequence[str]) -> None:
         # "DirectRunner" would first try to download the Prism runner.
         chosen = FnApiRunner() if runner == "DirectRunner" else runner
         pipeline = beam.Pipeline(runner=chosen, options=PipelineOptions(list(options)))
-    except ValueError as error:
+    except (ImportError, ValueError) as error:
         raise UserError(f"runner {runner}: {one_line(error)}") from error
     try:
         with pipeline:

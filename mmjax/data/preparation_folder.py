@@ -3,15 +3,14 @@
 import fcntl
 import importlib.metadata
 import json
-import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
-from pathlib import Path
+from typing import IO
 
+from mmjax.data import preparation_storage as storage
 from mmjax.data.preparation_plan import Plan
 from mmjax.errors import UserError
-from mmjax.files import write_atomically
 
 MANIFEST = "manifest.json"
 _PACKAGES = ("mmjax", "apache-beam", "array-record", "numpy", "opencv-python-headless", "tensorflow-datasets")
@@ -19,25 +18,30 @@ _PACKAGES = ("mmjax", "apache-beam", "array-record", "numpy", "opencv-python-hea
 
 @contextmanager
 def claimed(plan: Plan) -> Iterator[None]:
-    """Makes the folder, and holds it against a second process of this machine."""
-    out = Path(plan.out)
+    """Makes the folder; a local one is held against a second process of this machine."""
+    out = plan.out
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        strangers = sorted(path.name for path in out.iterdir() if not path.name.startswith("."))
-        if strangers and not (plan.state / "settings.json").exists():
+        storage.make(out)
+        strangers = [name for name in storage.names(out) if not name.startswith(".")]
+        if strangers and storage.size(plan.state / "settings.json") < 0:
             raise UserError(f"{out} holds {strangers[0]}, which no preparation made: name a new or an empty folder")
-        plan.state.mkdir(exist_ok=True)
-        lock = (plan.state / "lock").open("w")
+        storage.make(plan.state)
+        lock = nullcontext() if storage.is_remote(out) else (plan.state / "lock").open("w")
     except OSError as error:
         raise UserError(f"cannot write into {out}: {error.strerror}") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another process is preparing data in {out}") from None
-        except OSError:
-            pass  # a file system without locks
+    with lock as file:
+        if file is not None:
+            _hold(file, plan)
         yield
+
+
+def _hold(lock: IO, plan: Plan) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"another process is preparing data in {plan.out}") from None
+    except OSError:
+        pass  # a file system without locks
 
 
 def check_same(plan: Plan) -> None:
@@ -48,10 +52,10 @@ def check_same(plan: Plan) -> None:
     """
     wanted = _described(plan)
     path = plan.state / "settings.json"
-    if not path.exists():
-        write_atomically(path, json.dumps(wanted, indent=1).encode())
+    if storage.size(path) < 0:
+        storage.write(path, json.dumps(wanted, indent=1).encode())
         return
-    there = json.loads(path.read_text())
+    there = json.loads(storage.read(path))
     for key in wanted:
         if there.get(key) != wanted[key] and "fingerprint" in key:
             raise UserError(f"the data has changed since {plan.out} was begun: name another folder, or delete this one")
@@ -70,22 +74,25 @@ def _described(plan: Plan) -> dict:
 
 def finished(plan: Plan) -> dict | None:
     """The manifest, where it and all its shards are there."""
-    path = Path(plan.out) / MANIFEST
-    manifest = json.loads(path.read_text()) if path.exists() else None
-    if manifest and all(_whole(path.with_name(shard["file"]), shard) for shard in manifest["shards"]):
+    path = plan.out / MANIFEST
+    manifest = json.loads(storage.read(path)) if storage.size(path) >= 0 else None
+    if manifest and all(_whole(plan, manifest["shards"])):
         return manifest
     return None
 
 
-def _whole(path: Path, shard: dict) -> bool:
-    return path.exists() and path.stat().st_size == shard["bytes"]
+def _whole(plan: Plan, shards: list[dict]) -> Iterator[bool]:
+    sizes = storage.sizes([plan.out / shard["file"] for shard in shards])
+    return (size == shard["bytes"] for size, shard in zip(sizes, shards, strict=True))
 
 
-def written(plan: Plan, number: int, total: int) -> dict | None:
-    """What is in a shard, where it is whole: its file, records, bytes and sha256."""
-    sidecar = plan.state / "shards" / f"{number:05d}.json"
-    shard = json.loads(sidecar.read_text()) if sidecar.exists() else None
-    return shard if shard and _whole(plan.shard(number, total), shard) else None
+def written(plan: Plan) -> dict[int, dict]:
+    """What is in each shard that is whole, by number: its file, records, bytes and sha256."""
+    folder = plan.state / "shards"
+    sidecars = [name for name in storage.names(folder) if name.endswith(".json")]
+    shards = [json.loads(content) for content in storage.read_all([folder / name for name in sidecars])]
+    whole = zip(sidecars, shards, _whole(plan, shards), strict=True)
+    return {int(name.removesuffix(".json")): shard for name, shard, is_whole in whole if is_whole}
 
 
 def finish(plan: Plan, summary: dict) -> dict:
@@ -95,15 +102,15 @@ def finish(plan: Plan, summary: dict) -> dict:
       UserError: a shard is missing.
     """
     total = min(plan.settings.shards, summary["out"])
-    shards = [shard for number in range(total) if (shard := written(plan, number, total))]
+    shards = [shard for _, shard in sorted(written(plan).items())]
     if len(shards) < total:
         raise UserError(f"{plan.out} has {len(shards)} of {total} shards: do all workers write into the same folder?")
     _describe_for_tfds(plan, shards)
     versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
     manifest = summary | {"settings": _described(plan), "versions": versions, "shards": shards}
-    write_atomically(Path(plan.out) / MANIFEST, json.dumps(manifest, indent=1).encode())
+    storage.write(plan.out / MANIFEST, json.dumps(manifest, indent=1).encode())
     for leftover in ("partial", "pairs", "scan"):
-        shutil.rmtree(plan.state / leftover, ignore_errors=True)
+        storage.remove(plan.state / leftover)
     return manifest
 
 
@@ -119,10 +126,11 @@ def _describe_for_tfds(plan: Plan, shards: list[dict]) -> None:
         shard_lengths=[shard["records"] for shard in shards],
         num_bytes=sum(shard["bytes"] for shard in shards),
     )
-    tfds.folder_dataset.write_metadata(
-        data_dir=plan.out,
-        features=tfds_features(),
-        split_infos=[split],
-        description=f"Prepared by mmjax from {settings.source}.",
-        check_data=False,  # it would need TensorFlow
-    )
+    with storage.told("write", plan.out):
+        tfds.folder_dataset.write_metadata(
+            data_dir=plan.out,
+            features=tfds_features(),
+            split_infos=[split],
+            description=f"Prepared by mmjax from {settings.source}.",
+            check_data=False,  # it would need TensorFlow
+        )

@@ -2,7 +2,8 @@
 
 import re
 from dataclasses import dataclass
-from pathlib import Path
+
+from etils import epath
 
 from mmjax.data import duplicates
 from mmjax.data.records import Fields
@@ -84,16 +85,16 @@ class Plan:
     """All that a worker is told."""
 
     settings: Settings
-    out: str
+    out: epath.Path
     origins: tuple[Origin, ...]  # the source, then the excluded ones
 
     @property
-    def state(self) -> Path:
-        return Path(self.out) / STATE
+    def state(self) -> epath.Path:
+        return self.out / STATE
 
-    def scanned(self, origin: int, begin: int) -> Path:
+    def scanned(self, origin: int, begin: int) -> epath.Path:
         return self.state / "scan" / f"{origin}-{begin:012d}.json"
 
-    def shard(self, number: int, total: int) -> Path:
+    def shard(self, number: int, total: int) -> epath.Path:
         name = f"{self.settings.name}-{self.settings.out_split}.array_record-{number:05d}-of-{total:05d}"
-        return Path(self.out) / name
+        return self.out / name

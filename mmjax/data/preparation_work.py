@@ -5,7 +5,7 @@ They share nothing with the process that started them but a `Plan` and the folde
 
 import hashlib
 import json
-import os
+import tempfile
 import threading
 import uuid
 from collections.abc import Iterable, Iterator
@@ -16,6 +16,7 @@ import cv2
 import numpy as np
 
 from mmjax.data import duplicates, image, records
+from mmjax.data import preparation_storage as storage
 from mmjax.data.preparation_plan import (
     BROKEN,
     CAPTION_LENGTH,
@@ -33,10 +34,10 @@ from mmjax.data.preparation_plan import (
 )
 from mmjax.data.records import Fields
 from mmjax.errors import UserError, one_line
-from mmjax.files import write_atomically
 
 JPEG_QUALITY = 92
 TICK = 50  # records; a writer leaves one byte for so many
+PAIRS_FILES = 64  # over which pairs are spread
 
 
 def open_source(origin: str, split: str, fields: Fields, root: str):
@@ -67,7 +68,7 @@ def scan_chunk(plan: Plan, chunk: tuple[int, int, int]) -> None:
     settings = plan.settings if number == 0 else None
     rows = [_examine(settings, source, index) for index in range(begin, end)]
     with _system_errors_told(plan):
-        write_atomically(plan.scanned(number, begin), json.dumps(rows).encode())
+        storage.write(plan.scanned(number, begin), json.dumps(rows).encode())
 
 
 def _examine(settings: Settings | None, source, index: int) -> tuple[int, str, str, str]:
@@ -118,7 +119,7 @@ Row = tuple[int, str, str]
 def read_hashes(plan: Plan, chunk: tuple[int, int]) -> Iterator[Row]:
     """The rows of a scanned chunk's good records."""
     number, begin = chunk
-    rows = json.loads(plan.scanned(number, begin).read_text())
+    rows = json.loads(storage.read(plan.scanned(number, begin)))
     for record, (reason, _, digest, value) in enumerate(rows, start=plan.origins[number].first + begin):
         if reason == len(REASONS):
             yield record, digest, value
@@ -158,22 +159,65 @@ def _named(reason: str, pairs: Iterable[tuple[int, int]]) -> Iterator[tuple[int,
             yield REASONS.index(EXCLUDED if partner < 0 else reason), record, partner
 
 
+def by_file(pair: tuple[int, int, int]) -> tuple[int, tuple[int, int, int]]:
+    """(file, pair): what is written together meets."""
+    return pair[1] % PAIRS_FILES, pair
+
+
+def write_pairs(plan: Plan, group: tuple[int, Iterable[tuple[int, int, int]]]) -> None:
+    """Writes one file of pairs, a line for each."""
+    number, pairs = group
+    with _system_errors_told(plan):
+        storage.write(plan.state / "pairs" / f"{number:02d}", "".join(f"{r} {i} {p}\n" for r, i, p in pairs).encode())
+
+
 def write_shard(plan: Plan, total: int, number: int) -> None:
     """Writes one shard under its name, whole, and beside it in the state what is in it."""
     source = _source(plan.origins[0])
-    kept, twins = (np.load(plan.state / f"{name}.npy", mmap_mode="r") for name in ("kept", "twins"))
+    kept, twins = _decided(plan)
     indices = kept[len(kept) * number // total : len(kept) * (number + 1) // total]
-    target, temporary = plan.shard(number, total), plan.state / "partial" / uuid.uuid4().hex
-    with _system_errors_told(plan), open(plan.state / "partial" / f"{number:05d}.ticks", "wb", buffering=0) as ticks:
+    target = plan.shard(number, total)
+    with _system_errors_told(plan), _workshop(plan) as folder:
+        temporary = folder / uuid.uuid4().hex
         try:
-            records.write(temporary, _packed(plan.settings, source, indices, twins, ticks))
+            with open(folder / f"{number:05d}.ticks", "wb", buffering=0) as ticks:
+                records.write(temporary, _packed(plan.settings, source, indices, twins, ticks))
             with temporary.open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
-            shard = {"file": target.name, "records": len(indices), "bytes": file_size(temporary), "sha256": digest}
-            os.replace(temporary, target)
+            size = temporary.stat().st_size
+            storage.put(temporary, target)
         finally:
             temporary.unlink(missing_ok=True)
-        write_atomically(plan.state / "shards" / f"{number:05d}.json", json.dumps(shard).encode())
+        shard = {"file": target.name, "records": len(indices), "bytes": size, "sha256": digest}
+        storage.write(plan.state / "shards" / f"{number:05d}.json", json.dumps(shard).encode())
+
+
+_fetched: dict[Plan, tempfile.TemporaryDirectory] = {}
+_fetching = threading.Lock()
+
+
+def _decided(plan: Plan) -> list[np.ndarray]:
+    """kept.npy and twins.npy, mapped into memory; remote ones are fetched once by each process."""
+    names, folder = ("kept.npy", "twins.npy"), plan.state
+    if storage.is_remote(plan.state):
+        with _fetching:
+            if plan not in _fetched:
+                copies = tempfile.TemporaryDirectory()
+                for name in names:
+                    (Path(copies.name) / name).write_bytes(storage.read(plan.state / name))
+                _fetched[plan] = copies
+        folder = _fetched[plan].name
+    return [np.load(Path(folder) / name, mmap_mode="r") for name in names]
+
+
+@contextmanager
+def _workshop(plan: Plan) -> Iterator[Path]:
+    """A local folder for unfinished shards; where theirs is local, it lies in it, so that they can be renamed."""
+    if storage.is_remote(plan.state):
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder)
+    else:
+        yield Path(plan.state / "partial")
 
 
 def _packed(settings: Settings, source, indices: np.ndarray, twins: np.ndarray, ticks) -> Iterator[bytes]:
@@ -206,11 +250,6 @@ def _shrunk(data: bytes, short_side: int) -> bytes:
     small = cv2.resize(pixels, (round(width * scale), round(height * scale)), interpolation=cv2.INTER_AREA)
     options = [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY]
     return cv2.imencode(".jpg", cv2.cvtColor(small, cv2.COLOR_RGB2BGR), options)[1].tobytes()
-
-
-def file_size(path: Path) -> int:
-    """In bytes; -1 where there is no file."""
-    return path.stat().st_size if path.exists() else -1
 
 
 @contextmanager
