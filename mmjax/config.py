@@ -27,8 +27,8 @@ RESUMABLE_WITH_CHANGED = (
     "train.best_metric",
     "train.best_mode",
 )
-# Where the data lie: their fingerprints decide whether they are the same.
-_PLACE = re.compile(r"streams\.[^.]+\.(mixture\.[^.]+\.)?(source|root)")
+# Where the data lie: their fingerprints decide whether they are the same. How many texts are compared at a time.
+_PLACE_OR_CHUNK = re.compile(r"streams\.[^.]+\.(mixture\.[^.]+\.)?(source|root)|objectives\.[^.]+\.chunk")
 
 
 def default() -> ConfigDict:
@@ -94,6 +94,7 @@ def image_encoder(**fields) -> ConfigDict:
         "resize": "squash",
         "position": "learned",
         "pooling": "map",
+        "token_drop": 0.0,
         "mean": 0.5,
         "std": 0.5,
     }
@@ -115,8 +116,9 @@ def text_encoder(**fields) -> ConfigDict:
 
 
 def objective(**fields) -> ConfigDict:
-    """A training objective: `kind` is a name in `mmjax.objectives`."""
-    return ConfigDict({"kind": "sigmoid", "weight": 1.0} | fields)
+    """A training objective: `kind` is a name in `mmjax.objectives`; each kind has options of its own."""
+    shared = {"kind": "sigmoid", "weight": 1.0} | fields
+    return ConfigDict(OBJECTIVES.get(shared["kind"], {}) | shared)
 
 
 def _data(**fields) -> dict:
@@ -181,6 +183,8 @@ def retrieval(**fields) -> ConfigDict:
 
 ENCODERS = {"image": image_encoder, "text": text_encoder}
 EVALUATORS = {"retrieval": retrieval}
+# The options of each kind of objective.
+OBJECTIVES = {"sigmoid": {"chunk": 0}, "softmax": {"chunk": 0}}
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -214,7 +218,7 @@ def differing_keys(saved: Mapping[str, Any], new: Mapping[str, Any]) -> list[str
     old, new = dict(flatten(saved)), dict(flatten(new))
     differing = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
     unimportant = tuple(f"{key}." for key in RESUMABLE_WITH_CHANGED)
-    return [key for key in differing if not f"{key}.".startswith(unimportant) and not _PLACE.fullmatch(key)]
+    return [key for key in differing if not f"{key}.".startswith(unimportant) and not _PLACE_OR_CHUNK.fullmatch(key)]
 
 
 def suggest(name: str, known: Mapping | ConfigDict | tuple | list) -> str:

@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 from mmjax.config import (
     ENCODERS,
     EVALUATORS,
+    OBJECTIVES,
     UNITS,
     component,
     default,
@@ -47,7 +48,9 @@ def _check_structure(config: ConfigDict) -> None:
     for name, evaluator in config.evaluators.items():
         _one_of(evaluator.get("kind", "?"), EVALUATORS, f"evaluators.{name}.kind")
         template.evaluators[name] = EVALUATORS[evaluator.kind]()
-    template.objectives = {name: objective() for name in config.objectives}
+    for name, entry in config.objectives.items():
+        _one_of(entry.get("kind", "?"), OBJECTIVES, f"objectives.{name}.kind")
+        template.objectives[name] = objective(kind=entry.kind)
     template.streams = {name: stream() for name in config.streams}
     for name, entry in config.streams.items():
         if isinstance(entry.get("mixture"), ConfigDict):
@@ -80,7 +83,6 @@ def _check_names(config: ConfigDict) -> None:
     from mmjax.data.pipeline import CAPTION_CHOICES
     from mmjax.models.pooling import POOLINGS
     from mmjax.models.transformer import REMAT_POLICIES
-    from mmjax.objectives import OBJECTIVES
 
     _one_of(config.optimizer.name, OPTIMIZERS, "optimizer.name")
     _one_of(config.optimizer.schedule, SCHEDULES, "optimizer.schedule")
@@ -97,8 +99,6 @@ def _check_names(config: ConfigDict) -> None:
             _one_of(encoder.resize, FOR_EVALUATION, "model.encoders.image.resize")
     for name, entry in config.evaluators.items():
         _one_of(entry.match, ("image", "record"), f"evaluators.{name}.match")
-    for name, entry in config.objectives.items():
-        _one_of(entry.kind, OBJECTIVES, f"objectives.{name}.kind")
     for name, entry in config.streams.items():
         for objective_name in entry.objectives:
             _one_of(objective_name, config.objectives, f"streams.{name}.objectives")
@@ -131,6 +131,8 @@ def _check_model(config: ConfigDict) -> None:
                 raise UserError(f'config.{key}.variant: "{encoder.variant}" names no patch size; write it like B/16')
             if encoder.image_size < 1 or encoder.image_size % patch:
                 raise UserError(f"config.{key}.image_size: patch {patch} does not divide {encoder.image_size} pixels")
+            if not 0 <= encoder.token_drop < 1:
+                raise UserError(f"config.{key}.token_drop: {encoder.token_drop} is not in [0, 1)")
             if encoder.position == "sincos2d" and size.width % 4:
                 raise UserError(f"config.{key}.width: sincos2d positions need a multiple of 4, not {size.width}")
         elif encoder.length < 2:
@@ -171,6 +173,9 @@ def _check_training(config: ConfigDict) -> None:
         _at_least(config, f"evaluators.{name}.every", 0)
         _at_least(config, f"evaluators.{name}.batch_size", 1)
     _share(config.loader.max_broken_fraction, "loader.max_broken_fraction")
+    for name, entry in config.objectives.items():
+        if "chunk" in entry:
+            _at_least(config, f"objectives.{name}.chunk", 0)
     for name in config.streams:
         _check_stream(config, name)
     for rule in config.optimizer.rules:

@@ -67,6 +67,9 @@ MISTAKES = [
     (lambda c: c.loader.__setattr__("max_broken_fraction", 1.5), "loader.max_broken_fraction: 1.5 is not in [0, 1]"),
     (lambda c: c.model.encoders.image.__setattr__("resize", "crop"), 'did you mean "center_crop"?'),
     (lambda c: c.evaluators.test.__setattr__("batch_size", 81), "config.evaluators.test.batch_size: 81"),
+    (lambda c: c.objectives.contrastive.__setattr__("kind", "sigmod"), 'did you mean "sigmoid"?'),
+    (lambda c: c.objectives.contrastive.__setattr__("chunk", -1), "config.objectives.contrastive.chunk: -1 is less"),
+    (lambda c: c.model.encoders.image.__setattr__("token_drop", 1.0), "image.token_drop: 1.0 is not in [0, 1)"),
 ]
 
 
@@ -109,6 +112,7 @@ def test_only_keys_that_change_the_result_count_as_another_config():
     new.streams.train.root = "/moved"
     new.loader.workers = 2
     new.train.log_every = 7
+    new.objectives.contrastive.chunk = 8
     assert configs.differing_keys(old, configs.to_plain(new)) == []
     new.optimizer.b2 = 0.99
     new.seed = 3

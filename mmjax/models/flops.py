@@ -5,15 +5,20 @@ from typing import Any
 
 from mmjax.models import variants
 from mmjax.models.multimodal import tower_size
+from mmjax.models.token_drop import kept_tokens
 
 
-def tower_flops(encoder: Mapping[str, Any]) -> int:
-    """FLOPs of one input's forward pass: 2 for each multiply-add of a matrix product, nothing else."""
+def tower_flops(encoder: Mapping[str, Any], training: bool = False) -> int:
+    """FLOPs of one input's forward pass: 2 for each multiply-add of a matrix product, nothing else.
+
+    In training, only the tokens that `token_drop` keeps go through the Transformer.
+    """
     size = tower_size(encoder)
     if "image_size" in encoder:
         patch = variants.parse(encoder["variant"])[1]
         patches = (encoder["image_size"] // patch) ** 2
-        tokens = patches + (encoder["pooling"] == "cls")
+        kept = kept_tokens(patches, encoder["token_drop"]) if training else patches
+        tokens = kept + (encoder["pooling"] == "cls")
         embed = patches * patch**2 * 3 * size.width
     else:
         tokens, embed = encoder["length"], 0
@@ -25,7 +30,7 @@ def tower_flops(encoder: Mapping[str, Any]) -> int:
 
 def train_flops(model: Mapping[str, Any]) -> int:
     """FLOPs of one training example: the backward pass costs twice the forward pass."""
-    return 3 * sum(tower_flops(encoder) for encoder in model["encoders"].values())
+    return 3 * sum(tower_flops(encoder, training=True) for encoder in model["encoders"].values())
 
 
 # Dense bfloat16 peak of one device, FLOP/s, from the vendors' data sheets.

@@ -8,16 +8,18 @@ Transformer behind it is shared code.
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, Int, Key, UInt8
 
 from mmjax.models import variants
 from mmjax.models.patch import PatchEmbed, normalize
 from mmjax.models.pooling import Pool
 from mmjax.models.position import ImagePosition
 from mmjax.models.text import TextEmbed
+from mmjax.models.token_drop import drop_tokens
 from mmjax.models.transformer import Transformer
 from mmjax.sharding.rules import constrain
 
@@ -31,13 +33,18 @@ def tower_size(encoder: Mapping[str, Any]) -> variants.Size:
 
 
 class ImageEncoder(nn.Module):
-    """A vision Transformer (Dosovitskiy et al. 2021). Fields: `mmjax.config.image_encoder`."""
+    """A vision Transformer (Dosovitskiy et al. 2021). Fields: `mmjax.config.image_encoder`.
+
+    With a key for each row (in training), `token_drop` of the patches are left out.
+    """
 
     config: Mapping[str, Any]
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, image: UInt8[Array, "batch height width 3"]) -> dict[str, Array]:
+    def __call__(
+        self, image: UInt8[Array, "batch height width 3"], rng: Key[Array, " batch"] | None = None
+    ) -> dict[str, Array]:
         config, size = self.config, tower_size(self.config)
         patch = variants.parse(config["variant"])[1]
         trained = (config["image_size"] // patch,) * 2
@@ -49,6 +56,8 @@ class ImageEncoder(nn.Module):
             token = self.param("class_token", nn.initializers.zeros, (1, size.width)).astype(x.dtype)
             x = jnp.concatenate([jnp.broadcast_to(token, (x.shape[0], 1, size.width)), x], axis=1)
         x = ImagePosition(config["position"], trained, class_token, name="positions")(x, grid)
+        if rng is not None and config["token_drop"]:
+            x = drop_tokens(x, rng, config["token_drop"], always_kept=int(class_token))
         x = Transformer(
             size.depth, size.heads, size.mlp_dim, config["remat"], config["unroll"], self.dtype, name="transformer"
         )(x)
@@ -62,7 +71,7 @@ class TextEncoder(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, text: Int[Array, "batch length"]) -> dict[str, Array]:
+    def __call__(self, text: Int[Array, "batch length"], rng: Key[Array, " batch"] | None = None) -> dict[str, Array]:
         config, size = self.config, tower_size(self.config)
         x = TextEmbed(config["vocab_size"], config["length"], size.width, self.dtype, name="embed")(text)
         valid = text != config["pad_id"] if config["mask_padding"] else None
@@ -105,9 +114,14 @@ class MultimodalModel(nn.Module):
         self.logit_scale = self.param("logit_scale", nn.initializers.constant(np.log(scale)), ())
         self.logit_bias = self.param("logit_bias", nn.initializers.constant(bias), ())
 
-    def encode(self, modality: str, inputs: Array) -> dict[str, Array]:
-        """`tokens`, `pooled`, and `embedding`: float32 [batch, embed_dim] of unit norm."""
-        out = self.towers[modality](inputs)
+    def encode(self, modality: str, inputs: Array, rng: Key[Array, " batch"] | None = None) -> dict[str, Array]:
+        """`tokens`, `pooled`, and `embedding`: float32 [batch, embed_dim] of unit norm.
+
+        `rng` has a key for each row in training; without one nothing is random.
+        """
+        if rng is not None:  # towers draw apart from each other
+            rng = jax.vmap(jax.random.fold_in, (0, None))(rng, sorted(self.towers).index(modality))
+        out = self.towers[modality](inputs, rng)
         pooled = out["pooled"]
         projected = self.projections[modality](pooled) if modality in self.projections else pooled
         projected = projected.astype(jnp.float32)
@@ -115,8 +129,12 @@ class MultimodalModel(nn.Module):
         return {**out, "embedding": constrain(projected / norm, "batch", "embed")}
 
     def __call__(self, batch: Mapping[str, Array]) -> dict[str, Any]:
-        """One dictionary of `encode` for each modality in the batch, `logit_scale` and `logit_bias`."""
-        out: dict[str, Any] = {name: self.encode(name, batch[name]) for name in self.towers if name in batch}
+        """One dictionary of `encode` for each modality in the batch, `logit_scale` and `logit_bias`.
+
+        In training, `batch["rng"]` holds a key for each row.
+        """
+        rng = batch.get("rng")
+        out: dict[str, Any] = {name: self.encode(name, batch[name], rng) for name in self.towers if name in batch}
         return {**out, **self.logits()}
 
     def logits(self) -> dict[str, Float[Array, ""]]:

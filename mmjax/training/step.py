@@ -1,19 +1,16 @@
 """The training step: the one function that is compiled in training."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import linen as nn
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array
 from ml_collections import ConfigDict
 
-from mmjax.objectives import OBJECTIVES
+from mmjax.training.gradient import Metrics, make_gradient
 from mmjax.training.state import TrainState
-
-Metrics = dict[str, Float[Array, ""]]
 
 
 def make_train_step(
@@ -24,29 +21,16 @@ def make_train_step(
 ) -> Callable[[TrainState, Mapping[str, Array], tuple[str, ...]], tuple[TrainState, Metrics]]:
     """Makes `train_step(state, batch, objective names) -> (state, metrics)`, to be jit-compiled.
 
-    Random numbers of step s depend on (config.seed, s) alone.
+    Random numbers of step s depend on (config.seed, s) alone; those of a row also on its place in the global batch:
+    the model and the objectives find its key in `batch["rng"]`.
     """
-    entries = {name: (OBJECTIVES[entry.kind], entry.weight) for name, entry in config.objectives.items()}
-    microbatches, ema_decay, seed = config.train.microbatches, config.train.ema_decay, config.seed
-
-    def loss_of(params: PyTree, batch: Mapping[str, Array], rng: Array, names: tuple[str, ...]):
-        outputs = model.apply({"params": params}, batch)
-        total, metrics = jnp.zeros(()), {}
-        for number, name in enumerate(names):
-            objective, weight = entries[name]
-            loss, own = objective(outputs, batch, jax.random.fold_in(rng, number))
-            total += weight * loss
-            metrics |= {f"train/{name}_loss": loss} | {f"train/{name}_{key}": value for key, value in own.items()}
-        return total, {"train/loss": total} | metrics
-
-    gradient = jax.value_and_grad(loss_of, has_aux=True)
+    gradient = make_gradient(config, model)
+    ema_decay, seed = config.train.ema_decay, config.seed
 
     def train_step(state: TrainState, batch: Mapping[str, Array], names: tuple[str, ...]) -> tuple[TrainState, Metrics]:
-        rng = jax.random.fold_in(jax.random.key(seed), state.step)
-        if microbatches == 1:
-            (_, metrics), grads = gradient(state.params, batch, rng, names)
-        else:
-            grads, metrics = _accumulate(gradient, state.params, batch, rng, names, microbatches)
+        rng, row_rng = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step))
+        batch = {**batch, "rng": jax.random.split(row_rng, len(next(iter(batch.values()))))}
+        grads, metrics = gradient(state.params, batch, rng, names)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics |= {"train/grad_norm": optax.tree.norm(grads), "train/learning_rate": schedule(state.step)}
@@ -58,25 +42,3 @@ def make_train_step(
         return TrainState(state.step + 1, params, opt_state, ema), metrics
 
     return train_step
-
-
-def _accumulate(
-    gradient: Callable, params: PyTree, batch: Mapping[str, Array], rng: Array, names: tuple[str, ...], count: int
-) -> tuple[PyTree, Metrics]:
-    """Averages gradients and metrics over `count` microbatches, each with every count-th row.
-
-    A contrastive loss then has the negatives of its microbatch, not those of the whole batch.
-    """
-    # Every count-th row, so that each device's rows stay where they are.
-    split = jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), dict(batch))
-
-    def add(total: PyTree, inputs: tuple[dict[str, Any], Array]) -> tuple[PyTree, None]:
-        microbatch, number = inputs
-        (_, metrics), grads = gradient(params, microbatch, jax.random.fold_in(rng, number), names)
-        return jax.tree.map(lambda a, b: a + b / count, total, (grads, metrics)), None
-
-    first = jax.tree.map(lambda x: x[0], split)
-    (_, metrics), grads = jax.eval_shape(lambda: gradient(params, first, rng, names))
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (grads, metrics))
-    (grads, metrics), _ = jax.lax.scan(add, zeros, (split, jnp.arange(count)))
-    return grads, metrics

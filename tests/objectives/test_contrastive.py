@@ -1,3 +1,6 @@
+import inspect
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.test_util import check_grads
 
-from mmjax.objectives import OBJECTIVES, contrastive
+from mmjax import config as configs
+from mmjax.objectives import OBJECTIVES
 from mmjax.sharding.mesh import make_mesh
 
 
@@ -44,6 +48,17 @@ def outputs(image, text, scale, bias):
     }
 
 
+@partial(jax.jit, static_argnums=0)
+def evaluate(name, outputs):
+    return OBJECTIVES[name](outputs, {}, jax.random.key(0))
+
+
+def test_the_config_knows_the_options_of_every_objective():
+    assert configs.OBJECTIVES.keys() == OBJECTIVES.keys()
+    for kind, options in configs.OBJECTIVES.items():
+        assert list(inspect.signature(OBJECTIVES[kind]).parameters) == ["outputs", "batch", "rng", *options]
+
+
 @pytest.mark.parametrize("name, reference", [("sigmoid", reference_sigmoid), ("softmax", reference_softmax)])
 @settings(deadline=None, max_examples=20)
 @given(rows=st.integers(1, 9), width=st.integers(2, 8), scale=st.floats(1, 20), seed=st.integers(0, 1000))
@@ -51,7 +66,7 @@ def test_losses_are_the_published_formulas(name, reference, rows, width, scale, 
     rng = np.random.default_rng(seed)
     image, text = unit(rng, rows, width), unit(rng, rows, width)
     with jax.set_mesh(make_mesh(devices=jax.devices()[:1])):
-        loss, _ = OBJECTIVES[name](outputs(jnp.float32(image), jnp.float32(text), scale, -10.0), {}, jax.random.key(0))
+        loss, _ = evaluate(name, outputs(jnp.float32(image), jnp.float32(text), scale, -10.0))
     assert float(loss) == pytest.approx(reference(image, text, scale, -10.0), rel=1e-4, abs=1e-4)
 
 
@@ -61,14 +76,14 @@ def test_gradients_agree_with_finite_differences(mesh, name):
     image, text = jnp.float32(unit(rng, 5, 4)), jnp.float32(unit(rng, 5, 4))
 
     def loss(image, text, scale, bias):
-        return OBJECTIVES[name](outputs(image, text, scale, bias), {}, jax.random.key(0))[0]
+        return evaluate(name, outputs(image, text, scale, bias))[0]
 
     check_grads(loss, (image, text, 5.0, -2.0), order=1, modes=["rev"], atol=2e-2, rtol=2e-2)
 
 
 def test_accuracy_counts_images_that_prefer_their_own_text(mesh):
     image = jnp.eye(4)
-    _, metrics = contrastive.softmax(outputs(image, image, 10, 0), {}, jax.random.key(0))
+    _, metrics = evaluate("softmax", outputs(image, image, 10, 0))
     assert metrics["batch_accuracy"] == 1.0
-    _, metrics = contrastive.softmax(outputs(image, image[::-1], 10, 0), {}, jax.random.key(0))
+    _, metrics = evaluate("softmax", outputs(image, image[::-1], 10, 0))
     assert metrics["batch_accuracy"] == 0.0
