@@ -1,6 +1,8 @@
 """Checkpoints: what a run needs to go on, and what its model needs to be used."""
 
+import errno
 import os
+import shutil
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,7 +22,7 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 
 from mmjax.config import to_plain
 from mmjax.errors import UserError, one_line
-from mmjax.sharding.rules import parameter_shardings
+from mmjax.sharding.rules import parameter_shardings, path_name
 from mmjax.training.state import TrainState, with_shardings
 
 FOLDER, DAMAGED_FOLDER = "checkpoints", "damaged_checkpoints"
@@ -111,6 +113,9 @@ class Checkpoints:
         }
         kept = {self._best: float(metrics[self._best])} if self._best in metrics else None
         with self._space_needed():
+            self._manager.wait_until_finished()  # of the one before, which may still take space
+            if jax.process_index() == 0 and shutil.disk_usage(self._path).free < space(arrays):
+                raise OSError(errno.ENOSPC, _NO_SPACE[0])
             self._manager.save(int(state.step), args=ocp.args.Composite(**items), metrics=kept)
 
     def restore(self, step: int, target: TrainState) -> TrainState:
@@ -118,6 +123,7 @@ class Checkpoints:
 
         Raises:
           DamagedCheckpoint: it cannot be read, or is not what was written.
+          UserError: it holds other arrays.
         """
         wanted = {name: value for name in ARRAYS if jax.tree.leaves(value := getattr(target, name))}
         found = self._restore_arrays(step, wanted)
@@ -129,17 +135,28 @@ class Checkpoints:
 
         Raises:
           DamagedCheckpoint: they cannot be read, or are not what was written.
+          UserError: they are other arrays.
         """
         item = "ema" if self._config.train.ema_decay else "params"
         with jax.set_mesh(mesh):
             return self._restore_arrays(step, {item: with_shardings(shapes, parameter_shardings(shapes, mesh))})[item]
 
     def _restore_arrays(self, step: int, targets: Mapping[str, PyTree]) -> dict[str, PyTree]:
+        written = self._restore_json(step, "checksums")
+        for name, target in targets.items():
+            different = (
+                sorted(written[name].keys() ^ {array for array, _ in _arrays(target)}) if name in written else []
+            )
+            if different:
+                raise UserError(
+                    f"checkpoint {self._path / str(step)} is of another model, or of another version of mmjax: its "
+                    f"{name} and those wanted differ in {min(different)}"
+                )
         args = {name: ocp.args.StandardRestore(target) for name, target in targets.items()}
         with self._damage_told(step):
-            found = self._manager.restore(step, args=ocp.args.Composite(**args, checksums=ocp.args.JsonRestore()))
+            found = self._manager.restore(step, args=ocp.args.Composite(**args))
             for name in targets:
-                if checksums(found[name]) != found["checksums"][name]:
+                if checksums(found[name]) != written[name]:
                     raise ValueError(f"the values of {name} are not those that were saved")
         return {name: found[name] for name in targets}
 
@@ -189,9 +206,23 @@ class Checkpoints:
             ) from error
 
 
-def checksums(tree: PyTree) -> list[int]:
-    """A number for each leaf that changes with any of its bits, the same on every mesh."""
-    return np.asarray(_checksums(jax.tree.leaves(tree)).addressable_data(0)).tolist()
+def space(tree: PyTree) -> int:
+    """Bytes that a checkpoint of these arrays (or shapes) takes on disk, at most; files take whole blocks."""
+    leaves = jax.tree.leaves(tree)
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves) + 2**20
+
+
+def checksums(tree: PyTree) -> dict[str, int]:
+    """A number for each array that changes with any of its bits; the same on every mesh."""
+    arrays = _arrays(tree)
+    values = np.asarray(_checksums([array for _, array in arrays]).addressable_data(0))
+    return {name: int(value) for (name, _), value in zip(arrays, values, strict=True)}
+
+
+def _arrays(tree: PyTree) -> list[tuple[str, Array]]:
+    """The leaves (arrays or shapes) with their names: path, type and shape."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return [(f"{path_name(path)} {leaf.dtype}{list(leaf.shape)}", leaf) for path, leaf in leaves]
 
 
 @jax.jit

@@ -24,7 +24,7 @@ from mmjax.sharding import distributed
 from mmjax.sharding.mesh import make_mesh
 from mmjax.sharding.rules import batch_sharding
 from mmjax.training import feedback
-from mmjax.training.checkpoint import Checkpoints, DamagedCheckpoint, saved_steps
+from mmjax.training.checkpoint import Checkpoints, DamagedCheckpoint, saved_steps, space
 from mmjax.training.optimizer import in_steps, learning_rate_schedule, make_optimizer
 from mmjax.training.state import TrainState, make_state, state_shardings, with_shardings
 from mmjax.training.step import make_train_step
@@ -218,7 +218,7 @@ def _check_space(workdir: Path, state: TrainState) -> None:
     """Two checkpoints have to fit: the last good one stays until the next one is whole."""
     if jax.process_index() != 0:
         return
-    needed = 2 * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    needed = 2 * space(state)
     free = shutil.disk_usage(workdir).free
     if needed > free:
         raise UserError(

@@ -103,7 +103,8 @@ def test_a_checksum_changes_with_every_bit_and_with_the_order(run):
     for place in ((0, 0), (7, 3), (15, 23)):
         for bit in (0, 31):
             bits[place] ^= np.uint32(1 << bit)
-            assert checksums(tree)[0] != expected[0] and checksums(tree)[1] == expected[1]
+            changed = checksums(tree)
+            assert [name for name in expected if changed[name] != expected[name]] == ["a float32[16, 24]"]
             bits[place] ^= np.uint32(1 << bit)
     assert checksums({**tree, "a": tree["a"][::-1].copy()}) != expected
     assert checksums({**tree, "a": tree["a"].astype(jax.numpy.bfloat16)}) != expected
@@ -220,3 +221,29 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, openmoji_folder):
     assert api.load(tmp_path / "copy").step == last
     code, output = programs.run("main", *arguments.split()[:1], f"--workdir={tmp_path}/copy")
     assert code == 0 and f"resuming at {last}" in output, output
+
+
+def test_a_disk_that_fills_up_while_a_checkpoint_is_written_is_told_too(run, monkeypatch):
+    full = ValueError('RESOURCE_EXHAUSTED: Failed writing "d/c20a": No space left on device [os_error_code=28]')
+    with jax.set_mesh(run.mesh), Checkpoints(run.workdir, run.config) as checkpoints:
+        checkpoints.save(at_step(run.make_state(), 1), {}, {}, {})
+        checkpoints.wait()
+
+        def fail():
+            raise full
+
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoints._manager, "wait_until_finished", fail)
+            with pytest.raises(UserError, match="no space left in .* the last good one is of step 1"):
+                checkpoints.wait()
+
+
+def test_a_checkpoint_of_another_model_is_not_taken_for_a_damaged_one(finished, tmp_path):
+    workdir = interrupted(finished, tmp_path)
+    text = (workdir / "config.json").read_text()
+    (workdir / "config.json").write_text(text.replace('"embed_dim": 16', '"embed_dim": 32'))
+    config = finished[0].copy_and_resolve_references()
+    config.model.embed_dim = 32
+    with pytest.raises(UserError, match=r"is of another model, .*params.* differ in image_projection/kernel"):
+        loop.train(config, workdir)
+    assert saved_steps(workdir) == [2, 4, 6]

@@ -13,12 +13,6 @@ from mmjax.training.watchdog import EXIT_HUNG, Watchdog
 from tests import programs
 
 
-def workers_of(process):
-    found = [path.read_text().split() for path in Path(f"/proc/{process.pid}/task").glob("*/children")]
-    children = [int(child) for part in found for child in part]
-    return [child for child in children if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
-
-
 def start_and_stop_its_worker(tmp_path, hang_timeout):
     """A run whose loader process is stuck, and the number of that process."""
     process = programs.start(
@@ -31,7 +25,7 @@ def start_and_stop_its_worker(tmp_path, hang_timeout):
     )
     while process.poll() is None and len(read_metrics(tmp_path / "metrics.jsonl")) < 8:
         time.sleep(0.05)
-    (worker,) = workers_of(process)
+    (worker,) = programs.loader_processes(process)
     os.kill(worker, signal.SIGSTOP)
     return process, worker
 
