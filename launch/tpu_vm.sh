@@ -4,8 +4,8 @@
 #   launch/tpu_vm.sh NAME ZONE --config=configs/vit_b.py --workdir=/mnt/shared/vit_b
 #
 # NAME is a TPU VM that exists; what is checked out here is copied to each of its hosts. All
-# hosts write into --workdir, so it has to be on a file system that they share. Run it again after a
-# preemption: the run goes on from its last checkpoint.
+# hosts write into --workdir, so it has to be on a file system that they share. Processes that hang or lose another one
+# start again. Run it again after a preemption: the run goes on from its last checkpoint.
 set -euo pipefail
 if [ $# -lt 3 ]; then
   sed -n '2,8s/^# \{0,1\}//p' "$0" >&2
@@ -26,4 +26,4 @@ gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker=all --command="
   mkdir -p mmjax && tar -xzf mmjax.tar.gz -C mmjax && cd mmjax
   python=\$(command -v python3.13 || command -v python3.12 || command -v python3.11 || command -v python3)
   \$python -m venv .venv && .venv/bin/pip install -q -e '.[tpu]'
-  .venv/bin/python -m mmjax.main $arguments"
+  launch/keep_running.sh .venv/bin/python -m mmjax.main $arguments"

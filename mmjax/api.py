@@ -45,9 +45,18 @@ def make_module(config: ConfigDict) -> MultimodalModel:
 class Model:
     """A model with its parameters and tokenizer. Embeddings are float32 of unit norm."""
 
-    def __init__(self, config: ConfigDict, params: PyTree, tokenizer: tokenizers.Tokenizer, mesh: Mesh, step: int = 0):
+    def __init__(
+        self,
+        config: ConfigDict,
+        params: PyTree,
+        tokenizer: tokenizers.Tokenizer,
+        mesh: Mesh,
+        step: int = 0,
+        on_batch: Callable[[], None] = lambda: None,
+    ):
+        """`step` is that of the parameters; `on_batch` is called after each batch that is encoded."""
         self.config, self.params, self.tokenizer, self.mesh = config, params, tokenizer, mesh
-        self.step = step
+        self.step, self._on_batch = step, on_batch
         module = make_module(config)
 
         def encode(params: PyTree, inputs: jax.Array, modality: str) -> jax.Array:
@@ -124,6 +133,7 @@ class Model:
                 batch = distributed.to_devices({modality: local}, rows, sharding, batch_size)
                 encoded = self._encode(self.params, batch[modality], modality=modality)
                 parts.append(distributed.replicated_to_host(encoded)[: count - start])
+                self._on_batch()
         return np.concatenate(parts)
 
 

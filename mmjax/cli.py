@@ -34,7 +34,7 @@ def run(
     """
     argv = list(sys.argv if argv is None else argv)
     debug = "--debug" in argv
-    absl_logging.set_verbosity(absl_logging.INFO if debug else absl_logging.ERROR)
+    absl_logging.set_verbosity(absl_logging.INFO if debug else absl_logging.FATAL)
     logging.getLogger("jax").setLevel(logging.INFO if debug else logging.ERROR)
     try:
         if {"--help", "-h", "-help"} & set(argv):

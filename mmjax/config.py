@@ -26,6 +26,10 @@ RESUMABLE_WITH_CHANGED = (
     "train.max_to_keep",
     "train.best_metric",
     "train.best_mode",
+    "distributed",
+    "health.max_skipped_in_a_row",
+    "health.rollbacks",
+    "health.hang_timeout_seconds",
 )
 # Where the data lie: their fingerprints decide whether they are the same. How many texts are compared at a time.
 _PLACE_OR_CHUNK = re.compile(r"streams\.[^.]+\.(mixture\.[^.]+\.)?(source|root)|objectives\.[^.]+\.chunk")
@@ -67,6 +71,18 @@ def default() -> ConfigDict:
                 "max_to_keep": 2,
                 "best_metric": "",
                 "best_mode": "max",
+            },
+            "health": {
+                "max_skipped_in_a_row": 10,
+                "spike_zscore": 0.0,
+                "rollbacks": 0,
+                "hang_timeout_seconds": 1800.0,
+            },
+            "distributed": {
+                "coordinator_address": "",
+                "num_processes": 0,
+                "process_id": -1,
+                "heartbeat_timeout_seconds": 100,
             },
             "loader": {"threads": 2, "workers": 0, "prefetch": 4, "max_broken_fraction": 0.05},
         }

@@ -5,7 +5,7 @@
 
 `--config=FILE.py[:ARGUMENT]` is a recipe; `--config.KEY=VALUE` changes one of its settings (docs/configs.md).
 The same command goes on with an unfinished run, exactly where its last checkpoint left it.
-Exit codes: 0 finished, 2 a mistake in the settings, 130 or 143 stopped by Ctrl-C or SIGTERM.
+Exit codes: 0 finished, 2 a mistake in the settings, 75 hung (start it again), 130 or 143 stopped by Ctrl-C or SIGTERM.
 """
 
 import sys
@@ -34,8 +34,7 @@ def main() -> int:
     from mmjax.sharding import distributed
     from mmjax.training import loop
 
-    distributed.initialize()
-
+    distributed.initialize(_CONFIG.value.distributed)
     return loop.train(_CONFIG.value, Path(_WORKDIR.value or default_workdir(flags.FLAGS["config"].config_filename)))
 
 

@@ -3,7 +3,10 @@
 import ctypes
 import importlib.util
 import os
+import time
 from importlib.metadata import entry_points
+
+STARTED = time.time()  # of the program: before jax is imported
 
 # glibc's mallopt parameters (malloc.h).
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8

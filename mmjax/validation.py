@@ -157,6 +157,9 @@ def _check_training(config: ConfigDict) -> None:
         _at_least(config, key, 0)
     for key, low in (("loader.threads", 1), ("loader.workers", 0), ("loader.prefetch", 1)):
         _at_least(config, key, low)
+    for key in ("spike_zscore", "rollbacks", "hang_timeout_seconds"):
+        _at_least(config, f"health.{key}", 0)
+    _at_least(config, "health.max_skipped_in_a_row", 1)
     if not 0 <= config.train.ema_decay < 1:
         raise UserError(f"config.train.ema_decay: {config.train.ema_decay} is not in [0, 1)")
     _at_least(config, "seed", 0)

@@ -34,3 +34,10 @@ def run(module: str, *arguments: str, devices: int = 1, timeout: float = 300, **
     finally:
         process.kill()
     return process.returncode, output
+
+
+def loader_processes(process: subprocess.Popen) -> list[int]:
+    """The numbers of a running program's loader processes."""
+    found = [path.read_text().split() for path in Path(f"/proc/{process.pid}/task").glob("*/children")]
+    children = [int(child) for part in found for child in part]
+    return [child for child in children if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]

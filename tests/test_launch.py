@@ -1,7 +1,11 @@
 """The launchers, with the cloud's and the cluster's commands replaced by ones that note their arguments."""
 
 import os
+import signal
 import subprocess
+import time
+
+import pytest
 
 from tests.programs import ROOT
 
@@ -22,7 +26,7 @@ def test_tpu_vm_copies_the_checkout_and_runs_on_every_host(tmp_path):
     assert result.returncode == 0, result.stderr
     calls = (tmp_path / "calls").read_text()
     assert calls.count("--worker=all") == 2 and calls.count("--zone=zone-a") == 2
-    assert "python -m mmjax.main --config=configs/vit_b.py --workdir=/a\\ b" in calls
+    assert "launch/keep_running.sh .venv/bin/python -m mmjax.main --config=configs/vit_b.py --workdir=/a\\ b" in calls
 
 
 def test_tpu_vm_without_arguments_explains_itself(tmp_path):
@@ -34,5 +38,51 @@ def test_tpu_vm_without_arguments_explains_itself(tmp_path):
 def test_slurm_starts_the_program_in_every_task(tmp_path):
     result = run("slurm.sh", tmp_path, ["srun"], "--config=configs/vit_b.py")
     assert result.returncode == 0, result.stderr
-    expected = ["srun", "python", "-m", "mmjax.main", "--config=configs/vit_b.py"]
+    expected = ["srun", "launch/keep_running.sh", "python", "-m", "mmjax.main", "--config=configs/vit_b.py"]
     assert (tmp_path / "calls").read_text().split() == expected
+
+
+def keep_running(tmp_path, codes):
+    """Starts it with a command that ends with one code after the other; returns the result and how often it ran."""
+    command = tmp_path / "command"
+    command.write_text(
+        f"#!/usr/bin/env bash\nruns=$(cat {tmp_path}/runs 2>/dev/null || echo 0)\n"
+        f"codes=({' '.join(map(str, codes))})\necho $((runs + 1)) > {tmp_path}/runs\nexit ${{codes[$runs]}}\n"
+    )
+    command.chmod(0o755)
+    result = subprocess.run(
+        [ROOT / "launch" / "keep_running.sh", command],
+        env=os.environ | {"MMJAX_RESTART_SECONDS": "0"},
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    return result, int((tmp_path / "runs").read_text())
+
+
+@pytest.mark.parametrize("codes", [[0], [2], [130], [143], [75, 0], [1, 134, 75, 2], [75] * 5 + [0]])
+def test_what_hung_or_crashed_is_started_again(tmp_path, codes):
+    result, runs = keep_running(tmp_path, codes)
+    assert result.returncode == codes[-1] and runs == len(codes), result.stderr
+    assert result.stderr.count("starting again") == len(codes) - 1
+
+
+def test_what_crashes_again_and_again_is_given_up(tmp_path):
+    result, runs = keep_running(tmp_path, [1] * 20)
+    assert result.returncode == 1 and runs == 6 and "giving up" in result.stderr
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signals_are_passed_on_and_the_command_may_take_its_time(tmp_path, number, code):
+    command = tmp_path / "command"
+    command.write_text(
+        f"#!/usr/bin/env bash\ntrap 'sleep 0.5; echo saved; exit {code}' {number.name[3:]}\ntouch {tmp_path}/ready\n"
+        "while :; do sleep 0.05; done\n"
+    )
+    command.chmod(0o755)
+    process = subprocess.Popen([ROOT / "launch" / "keep_running.sh", command], stdout=subprocess.PIPE, text=True)
+    while not (tmp_path / "ready").exists():
+        time.sleep(0.01)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=20)
+    assert process.returncode == code and output == "saved\n"

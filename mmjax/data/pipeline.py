@@ -269,12 +269,16 @@ def stream_dataset(
     length = options.pop("text_length") or encoders.text.length
     sources = tuple(DecodedInMemory(source) if entry.keep_decoded else source for source in opened.values())
     example = TrainExample(sources, Augment(encoders.image.image_size, **options), choice, tokenizer, length)
+    return _Batches(_stream_places(entry, sources, seed), example, seed, entry.batch_size, rows)
+
+
+def _stream_places(entry: ConfigDict, sources: Sequence[Source], seed: int) -> grain.MapDataset:
     lengths = [len(source) for source in sources]
     shares = [
         (part.weight or records) * part.upsampling
         for part, records in zip(entry.mixture.values(), lengths, strict=False)
     ]
-    return _Batches(places(lengths, shares, seed), example, seed, entry.batch_size, rows)
+    return places(lengths, shares, seed)
 
 
 def stream_schedule(weights: Mapping[str, float], steps: int) -> list[str]:
@@ -320,7 +324,7 @@ def train_batches(
     schedule = stream_schedule({name: entry.weight for name, entry in config.streams.items()}, steps)
     iterators = {}
     for number, (name, entry) in enumerate(config.streams.items()):
-        seed = config.seed + 1_000_003 * number
+        seed = _stream_seed(config, number)
         dataset = stream_dataset(entry, sources[name], tokenizer, config.model.encoders, seed, rows[name])
         first, count = schedule[:start].count(name), schedule.count(name)
         iterators[name] = _iterate(dataset[first:count], config.loader) if first < count else iter(())
@@ -335,6 +339,40 @@ def train_batches(
             yield name, batch, broken
     finally:
         _close(iterators)
+
+
+def _stream_seed(config: ConfigDict, number: int) -> int:
+    return config.seed + 1_000_003 * number
+
+
+def records_of_step(config: ConfigDict, sources: Mapping[str, Mapping[str, Source]], step: int, steps: int) -> dict:
+    """Which records the global batch of a step was to hold: what can be looked at when the step went wrong.
+
+    Args:
+      config: the whole config.
+      sources: stream -> its opened sources.
+      step: counted from 1, as metrics and checkpoints do: the step after which so many are done.
+      steps: the end of the run.
+
+    Returns:
+      `step`, `stream`, `batch` (its number in the stream) and `records`, a list of `row`, `source` (its name in the
+      mixture), `index` and `key`. The key of a record that cannot be read is None: another one took its place.
+    """
+    schedule = stream_schedule({name: entry.weight for name, entry in config.streams.items()}, steps)
+    stream = schedule[step - 1]
+    entry, batch = config.streams[stream], schedule[: step - 1].count(stream)
+    opened = sources[stream]
+    order = _stream_places(entry, [*opened.values()], _stream_seed(config, [*config.streams].index(stream)))
+    found = []
+    for row in range(entry.batch_size):
+        number, _, index = order[batch * entry.batch_size + row]
+        name, source = [*opened.items()][number]
+        try:
+            key = source[index]["key"]
+        except RecordError:
+            key = None
+        found.append({"row": row, "source": name, "index": int(index), "key": key})
+    return {"step": step, "stream": stream, "batch": batch, "records": found}
 
 
 def _close(iterators: dict[str, Iterator[Batch]]) -> None:

@@ -7,28 +7,69 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jaxtyping import Int, PyTree
 
+from mmjax.errors import UserError
 
-def initialize() -> None:
-    """Joins the other processes of a run, where the environment says that there are others.
+SHUTDOWN_SECONDS = 60  # that a process waits at its end for the others
 
-    It does on TPU pods, under SLURM, Open MPI, and wherever JAX_COORDINATOR_ADDRESS,
-    JAX_NUM_PROCESSES and JAX_PROCESS_ID are set. Call it before any other use of jax.
+
+def initialize(options: Mapping[str, Any]) -> None:
+    """Joins the other processes of a run, where the config or the environment says that there are others.
+
+    The environment does on TPU pods, under SLURM and Open MPI, in an indexed Kubernetes job, and wherever
+    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID are set. Call it before any other use of jax.
+
+    Args:
+      options: `config.distributed`; what is set there goes before the environment.
+
+    Raises:
+      UserError: only a part of what is needed is set.
     """
     environment = os.environ
-    if {"JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"} <= environment.keys():
-        jax.distributed.initialize(
-            environment["JAX_COORDINATOR_ADDRESS"],
-            int(environment["JAX_NUM_PROCESSES"]),
-            int(environment["JAX_PROCESS_ID"]),
-        )
-        return
+    given = {
+        "coordinator_address": options["coordinator_address"] or environment.get("JAX_COORDINATOR_ADDRESS"),
+        "num_processes": options["num_processes"] or _number(environment, "JAX_NUM_PROCESSES"),
+        "process_id": _number(environment, "JAX_PROCESS_ID") if options["process_id"] < 0 else options["process_id"],
+    }
+    timeouts = {
+        "heartbeat_timeout_seconds": options["heartbeat_timeout_seconds"],
+        "shutdown_timeout_seconds": SHUTDOWN_SECONDS,
+    }
+    missing = [name for name, value in given.items() if value is None]
+    if not missing:
+        jax.distributed.initialize(**given, **timeouts)
+    elif given["coordinator_address"] or given["num_processes"]:
+        names = " and ".join(f"config.distributed.{name} (or JAX_{name.upper()})" for name in missing)
+        raise UserError(f"several processes are to train together: set {names}")
+    elif _in_a_cluster(environment):
+        jax.distributed.initialize(**timeouts)
+
+
+def _number(environment: Mapping[str, str], name: str) -> int | None:
+    try:
+        return int(environment[name]) if name in environment else None
+    except ValueError:
+        raise UserError(f"{name}={environment[name]} is no whole number") from None
+
+
+def _in_a_cluster(environment: Mapping[str, str]) -> bool:
+    """Whether jax will find other processes by itself."""
     tpu_hosts = environment.get("TPU_WORKER_HOSTNAMES", "").split(",")
-    tasks = max(int(environment.get(name, 1)) for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"))
-    if len(tpu_hosts) > 1 or tasks > 1 or environment.get("MEGASCALE_COORDINATOR_ADDRESS"):
-        jax.distributed.initialize()
+    tasks = [_number(environment, name) or 1 for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")]
+    in_kubernetes_job = {"KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"} <= environment.keys()
+    return (
+        len(tpu_hosts) > 1 or max(tasks) > 1 or bool(environment.get("MEGASCALE_COORDINATOR_ADDRESS"))
+    ) or in_kubernetes_job
+
+
+def any_process(value: bool) -> bool:
+    """Whether it is true in any process; all of them have to ask."""
+    if jax.process_count() == 1:
+        return value
+    return bool(multihost_utils.process_allgather(np.bool_(value)).any())
 
 
 def local_rows(sharding: NamedSharding, batch_size: int) -> Int[np.ndarray, " rows"]:

@@ -1,22 +1,39 @@
 """Checkpoints: what a run needs to go on, and what its model needs to be used."""
 
-from collections.abc import Mapping
+import errno
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
-from jaxtyping import PyTree
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, PyTree, UInt32
 from ml_collections import ConfigDict
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from mmjax.config import to_plain
-from mmjax.sharding.rules import parameter_shardings
+from mmjax.errors import UserError, one_line
+from mmjax.sharding.rules import parameter_shardings, path_name
 from mmjax.training.state import TrainState, with_shardings
 
-FOLDER = "checkpoints"
-ITEMS = ("params", "opt_state", "ema", "config", "tokenizer", "data")
+FOLDER, DAMAGED_FOLDER = "checkpoints", "damaged_checkpoints"
+ARRAYS = ("params", "opt_state", "ema", "health")
+ITEMS = (*ARRAYS, "checksums", "config", "tokenizer", "data")
+
+_NO_SPACE = ("No space left on device", "Disk quota exceeded")  # what tensorstore's texts end with
+
+
+class DamagedCheckpoint(UserError):
+    """A checkpoint that cannot be read, or not as it was written."""
 
 
 def saved_steps(workdir: str | Path) -> list[int]:
@@ -53,16 +70,18 @@ class Checkpoints:
             best_mode=train.best_mode,
             create=not read_only,
             read_only=read_only,
+            cleanup_tmp_directories=not read_only,  # of a save that was killed
         )
-        path = Path(workdir).absolute() / FOLDER
-        self._manager = ocp.CheckpointManager(path, options=options, item_names=ITEMS)
+        self._path = Path(workdir).absolute() / FOLDER
+        self._manager = ocp.CheckpointManager(self._path, options=options, item_names=ITEMS)
 
     def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, *exception) -> None:
         """Waits for what is being saved, and ends the background threads."""
-        self._manager.close()
+        with self._space_needed():
+            self._manager.close()
 
     def _best_value(self, metrics: Mapping[str, float]) -> float:
         return metrics.get(self._best, self._worst)
@@ -81,37 +100,65 @@ class Checkpoints:
           tokenizer: `Tokenizer.to_json()`.
           fingerprints: of the data, by stream and source.
           metrics: the evaluation at this step, for `train.best_metric`.
+
+        Raises:
+          UserError: there is no space for this one, or there was none for the one before.
         """
-        items = {
-            "params": ocp.args.StandardSave(state.params),
-            "opt_state": ocp.args.StandardSave(state.opt_state),
+        arrays = {name: value for name in ARRAYS if jax.tree.leaves(value := getattr(state, name))}
+        items = {name: ocp.args.StandardSave(value) for name, value in arrays.items()} | {
+            "checksums": ocp.args.JsonSave({name: checksums(value) for name, value in arrays.items()}),
             "config": ocp.args.JsonSave(to_plain(self._config)),
             "tokenizer": ocp.args.JsonSave(dict(tokenizer)),
             "data": ocp.args.JsonSave({name: dict(parts) for name, parts in fingerprints.items()}),
         }
-        if state.ema:
-            items["ema"] = ocp.args.StandardSave(state.ema)
         kept = {self._best: float(metrics[self._best])} if self._best in metrics else None
-        self._manager.save(int(state.step), args=ocp.args.Composite(**items), metrics=kept)
+        with self._space_needed():
+            self._manager.wait_until_finished()  # of the one before, which may still take space
+            if jax.process_index() == 0 and shutil.disk_usage(self._path).free < space(arrays):
+                raise OSError(errno.ENOSPC, _NO_SPACE[0])
+            self._manager.save(int(state.step), args=ocp.args.Composite(**items), metrics=kept)
 
     def restore(self, step: int, target: TrainState) -> TrainState:
-        """The state of a checkpoint, laid out like `target` (shapes with shardings)."""
-        items = {
-            "params": ocp.args.StandardRestore(target.params),
-            "opt_state": ocp.args.StandardRestore(target.opt_state),
-        }
-        if target.ema:
-            items["ema"] = ocp.args.StandardRestore(target.ema)
-        found = self._manager.restore(step, args=ocp.args.Composite(**items))
-        at = jax.device_put(jax.numpy.asarray(step, jax.numpy.int32), target.step.sharding)
-        return TrainState(at, found["params"], found["opt_state"], found["ema"] if target.ema else {})
+        """The state of a checkpoint, laid out like `target` (shapes with shardings).
+
+        Raises:
+          DamagedCheckpoint: it cannot be read, or is not what was written.
+          UserError: it holds other arrays.
+        """
+        wanted = {name: value for name in ARRAYS if jax.tree.leaves(value := getattr(target, name))}
+        found = self._restore_arrays(step, wanted)
+        at = jax.device_put(jnp.asarray(step, jnp.int32), target.step.sharding)
+        return target.replace(step=at, **found)
 
     def restore_params(self, step: int, shapes: PyTree, mesh: Mesh) -> PyTree:
-        """The parameters to evaluate: their moving average where the run keeps one."""
+        """The parameters to evaluate: their moving average where the run keeps one.
+
+        Raises:
+          DamagedCheckpoint: they cannot be read, or are not what was written.
+          UserError: they are other arrays.
+        """
         item = "ema" if self._config.train.ema_decay else "params"
-        target = with_shardings(shapes, parameter_shardings(shapes, mesh))
-        args = ocp.args.Composite(**{item: ocp.args.StandardRestore(target)})
-        return self._manager.restore(step, args=args)[item]
+        with jax.set_mesh(mesh):
+            return self._restore_arrays(step, {item: with_shardings(shapes, parameter_shardings(shapes, mesh))})[item]
+
+    def _restore_arrays(self, step: int, targets: Mapping[str, PyTree]) -> dict[str, PyTree]:
+        written = self._restore_json(step, "checksums")
+        for name, target in targets.items():
+            different = (
+                sorted(written[name].keys() ^ {array for array, _ in _arrays(target)}) if name in written else []
+            )
+            if different:
+                raise UserError(
+                    f"checkpoint {self._path / str(step)} is of another model, or of another version of mmjax: its "
+                    f"{name} and those wanted differ in {min(different)}"
+                )
+        args = {name: ocp.args.StandardRestore(target) for name, target in targets.items()}
+        with self._damage_told(step):
+            found = self._manager.restore(step, args=ocp.args.Composite(**args))
+            for name in targets:
+                if checksums(found[name]) != written[name]:
+                    raise ValueError(f"the values of {name} are not those that were saved")
+        return {name: found[name] for name in targets}
 
     def restore_tokenizer(self, step: int) -> dict[str, Any]:
         """What `Tokenizer.to_json()` gave."""
@@ -122,8 +169,85 @@ class Checkpoints:
         return self._restore_json(step, "data")
 
     def _restore_json(self, step: int, item: str) -> dict[str, Any]:
-        return self._manager.restore(step, args=ocp.args.Composite(**{item: ocp.args.JsonRestore()}))[item]
+        with self._damage_told(step):
+            return self._manager.restore(step, args=ocp.args.Composite(**{item: ocp.args.JsonRestore()}))[item]
 
     def wait(self) -> None:
-        """Returns when everything that was started to be saved is on disk."""
-        self._manager.wait_until_finished()
+        """Returns when everything that was started to be saved is on disk.
+
+        Raises:
+          UserError: there is no space for it.
+        """
+        with self._space_needed():
+            self._manager.wait_until_finished()
+
+    @contextmanager
+    def _damage_told(self, step: int) -> Iterator[None]:
+        """Of the kinds of errors that damaged files lead to there is no list; lack of memory is none of them."""
+        try:
+            yield
+        except Exception as error:
+            if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+                raise
+            raise DamagedCheckpoint(f"checkpoint {self._path / str(step)} is damaged: {one_line(error)}") from error
+
+    @contextmanager
+    def _space_needed(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            if not any(text in str(error) for text in _NO_SPACE):
+                raise
+            last = max(saved_steps(self._path.parent), default=None)
+            goes_on = "none is there yet" if last is None else f"the last good one is of step {last}"
+            raise UserError(
+                f"no space left in {self._path} for a checkpoint; {goes_on}; free some space, and the same command "
+                "goes on from there"
+            ) from error
+
+
+def space(tree: PyTree) -> int:
+    """Bytes that a checkpoint of these arrays (or shapes) takes on disk, at most; files take whole blocks."""
+    leaves = jax.tree.leaves(tree)
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves) + 2**20
+
+
+def checksums(tree: PyTree) -> dict[str, int]:
+    """A number for each array that changes with any of its bits; the same on every mesh."""
+    arrays = _arrays(tree)
+    values = np.asarray(_checksums([array for _, array in arrays]).addressable_data(0))
+    return {name: int(value) for (name, _), value in zip(arrays, values, strict=True)}
+
+
+def _arrays(tree: PyTree) -> list[tuple[str, Array]]:
+    """The leaves (arrays or shapes) with their names: path, type and shape."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return [(f"{path_name(path)} {leaf.dtype}{list(leaf.shape)}", leaf) for path, leaf in leaves]
+
+
+@jax.jit
+def _checksums(leaves: list[Array]) -> UInt32[Array, " leaves"]:
+    # Sums modulo 2^32 do not depend on their order; odd weights make them depend on every element's place.
+    def checksum(leaf: Array) -> Array:
+        bits = jax.lax.bitcast_convert_type(leaf, f"uint{8 * leaf.dtype.itemsize}").astype(jnp.uint32)
+        place = jnp.zeros(leaf.shape, jnp.uint32)
+        for axis, length in enumerate(leaf.shape):
+            place = place * np.uint32(length) + jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
+        return (bits * (2 * place + 1)).sum(dtype=jnp.uint32)
+
+    sums = jnp.stack([checksum(leaf) for leaf in leaves])
+    mesh = jax.sharding.get_abstract_mesh()
+    return sums if mesh.empty else jax.lax.with_sharding_constraint(sums, P())
+
+
+def set_aside(workdir: str | Path, step: int) -> Path:
+    """Moves a damaged checkpoint out of the way, from the first process alone; returns its new place."""
+    workdir = Path(workdir)
+    target = workdir / DAMAGED_FOLDER / str(step)
+    if jax.process_index() == 0:
+        if target.exists():
+            target = target.with_name(f"{step}.{uuid.uuid4().hex[:8]}")
+        target.parent.mkdir(exist_ok=True)
+        os.replace(workdir / FOLDER / str(step), target)
+    multihost_utils.sync_global_devices("set aside")
+    return target

@@ -1,5 +1,6 @@
 """What a run tells: progress on the terminal, `metrics.jsonl`, TensorBoard."""
 
+import contextlib
 import json
 import os
 import sys
@@ -11,6 +12,8 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn, track
 from rich.table import Table
+
+from mmjax.training.time_account import TimeAccount
 
 CONSOLE = Console(stderr=True, highlight=False)
 
@@ -39,29 +42,41 @@ class MetricWriter:
         self._active = jax.process_index() == 0
         if not self._active:
             return
-        from tensorboardX import SummaryWriter
+        # Its writer of files alone: the one above it has a thread, whose errors nobody would catch.
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import SessionLog
 
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
         _keep_until(path, resumed_step)
         self._file = path.open("a")
-        purge = {} if resumed_step is None else {"purge_step": resumed_step + 1}
-        self._events = SummaryWriter(str(folder), **purge)
+        self._events = EventsWriter(str(folder / "events"))
+        if resumed_step is not None:  # what was written of later steps no longer counts
+            self._write_event(step=resumed_step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Writes one line, and one TensorBoard scalar for each metric."""
         if not self._active:
             return
+        from tensorboardX.proto.summary_pb2 import Summary
+
         self._file.write(json.dumps({"step": step, "time": round(time.time(), 3), **metrics}) + "\n")
         self._file.flush()
         for name, value in metrics.items():
-            self._events.add_scalar(name, value, step)
+            self._write_event(step=step, summary=Summary(value=[Summary.Value(tag=name, simple_value=value)]))
+        self._events.flush()
+
+    def _write_event(self, **content) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+
+        self._events.write_event(Event(wall_time=time.time(), **content))
 
     def close(self) -> None:
-        """Flushes and closes both."""
+        """Closes both; every line was flushed before."""
         if self._active:
-            self._file.close()
-            self._events.close()
+            with contextlib.suppress(OSError):  # a full disk, which has been told
+                self._file.close()
+                self._events.close()
 
 
 def read_metrics(path: Path) -> list[dict]:
@@ -84,47 +99,45 @@ def _keep_until(path: Path, step: int | None) -> None:
 
 
 class Meter:
-    """Speed since the last reading: what `perf/` metrics report."""
+    """Speed since the last reading: what `perf/` metrics report. It books its time on the run's account."""
 
-    def __init__(self, flops_per_example: int, peak_flops: float | None):
-        self._flops_per_example, self._peak = flops_per_example, peak_flops
+    def __init__(self, account: TimeAccount, flops_per_example: int, peak_flops: float | None):
+        self._account, self._flops_per_example, self._peak = account, flops_per_example, peak_flops
         self._first: dict[str, float] = {}
         self._clear()
 
-    def step(self, examples: int) -> None:
-        """Counts one step and its examples."""
+    def _clear(self) -> None:
+        self._steps = self._examples = 0
+        self._spent = dict.fromkeys(("steps", "data_wait"), 0.0)
+
+    def lap(self, kind: str) -> None:
+        """Books the time since the last lap: a name in `time_account.KINDS`."""
+        seconds = self._account.lap(kind)
+        if kind in self._spent:
+            self._spent[kind] += seconds
+
+    def step(self, done: int, examples: int, first: bool) -> None:
+        """Ends a step of so many examples; the first one of a session compiles."""
+        seconds = self._account.lap("compile" if first else "steps", done)
+        if first:
+            self._first = {"perf/first_step_seconds": seconds}
+            self._clear()
+            return
+        self._spent["steps"] += seconds
         self._steps += 1
         self._examples += examples
 
-    def wait(self, seconds: float) -> None:
-        """Counts time in which the devices waited for data."""
-        self._waited += seconds
-
-    def restart(self, compile_seconds: float) -> None:
-        """Forgets the first step, which compiled; the next reading says how long it took."""
-        self._first = {"perf/first_step_seconds": compile_seconds}
-        self._clear()
-
-    def _clear(self) -> None:
-        self._start = time.perf_counter()
-        self._steps = self._examples = 0
-        self._waited = 0.0
-
-    def pause(self, seconds: float) -> None:
-        """Leaves out time that was spent on something else than steps."""
-        self._start += seconds
-
     def read(self) -> dict[str, float]:
         """The metrics since the last reading; starts anew. Without a step since then, no speed."""
-        metrics, self._first = self._first, {}
+        metrics, self._first = self._first | self._account.shares(), {}
         if not self._steps:
             return metrics
-        elapsed = max(time.perf_counter() - self._start, 1e-9)
+        elapsed = max(sum(self._spent.values()), 1e-9)
         rate = self._examples / elapsed
         metrics |= {
             "perf/examples_per_second": rate,
             "perf/step_seconds": elapsed / self._steps,
-            "perf/data_wait_fraction": self._waited / elapsed,
+            "perf/data_wait_fraction": self._spent["data_wait"] / elapsed,
         }
         if self._peak:
             metrics["perf/mfu"] = rate * self._flops_per_example / (self._peak * jax.device_count())

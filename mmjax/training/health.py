@@ -1,76 +1,66 @@
-"""What a run does about data that cannot be read: counts it, notes it, and stops past a limit."""
+"""Steps that must not count: a loss or a gradient that is not finite, or far out of the usual."""
 
-import json
-from collections import Counter
-from collections.abc import Sequence
-from pathlib import Path
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int
 
-import jax
-import numpy as np
-from jax.experimental import multihost_utils
-
-from mmjax.errors import UserError
-
-MOST_NOTED = 10_000  # different records; what comes after is only counted
-FEW = 200  # the share is of at least so many records: one broken record among the first is no verdict
+MEMORY = 0.99  # of the running mean and variance: about the last hundred accepted steps
+FIRST_JUDGED = 100  # accepted steps before which nothing is taken for a spike
 
 
-class BrokenRecords:
-    """The records that were replaced by others since the start of this process.
+@struct.dataclass
+class Health:
+    """What the guard remembers from step to step; part of the training state, and of its checkpoints.
 
-    Each process notes its own in `broken_records.<process>.jsonl`, once for each stream and message, the first
-    MOST_NOTED of them.
+    `mean` and `variance` are of the loss and the gradient's norm over the accepted steps. `rollbacks` counts how often
+    the run went back to a checkpoint.
     """
 
-    def __init__(self, workdir: Path, limit: float):
-        """Notes into `workdir`; `limit` is the largest share of unreadable records, `loader.max_broken_fraction`."""
-        self._path = workdir / f"broken_records.{jax.process_index()}.jsonl"
-        self._limit = limit
-        self._read, self._broken = Counter(), Counter()
-        self._known: dict[tuple[str, str], None] = {}
+    skipped: Int[Array, ""]
+    skipped_in_a_row: Int[Array, ""]
+    accepted: Int[Array, ""]
+    rollbacks: Int[Array, ""]
+    mean: Float[Array, "2"]
+    variance: Float[Array, "2"]
 
-    def note(self, stream: str, messages: Sequence[str], rows: int) -> None:
-        """Counts the unreadable records of one batch of `rows` rows, which were replaced."""
-        self._read[stream] += rows + len(messages)
-        self._broken[stream] += len(messages)
-        new = dict.fromkeys((stream, message) for message in messages if (stream, message) not in self._known)
-        if new and len(self._known) < MOST_NOTED:
-            self._known.update(new)
-            with self._path.open("a") as file:
-                for stream_name, message in new:
-                    file.write(json.dumps({"stream": stream_name, "error": message}) + "\n")
 
-    def check(self, streams: Sequence[str]) -> dict[str, float]:
-        """The metrics of all processes together; they have to call it at the same step.
+def new() -> Health:
+    """Of a run that has made no step."""
 
-        Returns:
-          `data/<stream>_replaced_records` for each stream that had any.
+    def zero() -> Array:  # each its own: the state's buffers are donated
+        return jnp.zeros((), jnp.int32)
 
-        Raises:
-          UserError: more than the limit of a stream's records cannot be read.
-        """
-        counts = np.array([[self._broken[name], self._read[name]] for name in streams], np.int64)
-        if jax.process_count() > 1:
-            counts = multihost_utils.process_allgather(counts).sum(axis=0)
-        for name, (broken, read) in zip(streams, counts.tolist(), strict=True):
-            if broken > self._limit * max(read, FEW):
-                example = next((message for stream, message in self._known if stream == name), "in another process")
-                raise UserError(
-                    f"stream {name}: {broken:,} of {read:,} records cannot be read, more than "
-                    f"config.loader.max_broken_fraction {self._limit:g} allows; {self._path} names them; {example}"
-                )
-        return {
-            f"data/{name}_replaced_records": float(broken)
-            for name, (broken, _) in zip(streams, counts.tolist(), strict=True)
-            if broken
-        }
+    return Health(zero(), zero(), zero(), zero(), jnp.zeros(2), jnp.zeros(2))
 
-    def summary(self) -> str:
-        """One line for the end of the run; empty where every record could be read."""
-        broken, read = sum(self._broken.values()), sum(self._read.values())
-        if not broken:
-            return ""
-        return (
-            f"{broken:,} of {read:,} records could not be read and were replaced ({broken / read:.2%}), "
-            f"{len(self._known):,} of them noted: {self._path}"
-        )
+
+def judge(
+    health: Health, loss: Float[Array, ""], grad_norm: Float[Array, ""], spike_zscore: float
+) -> tuple[Bool[Array, ""], Health]:
+    """Whether a step may change the state, and what is remembered of it.
+
+    It may where loss and gradient norm are finite and, if `spike_zscore` is not 0, neither lies more than so many
+    standard deviations above its mean. Whatever is skipped leaves mean and variance as they are.
+    """
+    values = jnp.stack([loss, grad_norm]).astype(jnp.float32)
+    good = jnp.isfinite(values).all()
+    if spike_zscore:
+        above = values - health.mean > spike_zscore * jnp.sqrt(health.variance)
+        good &= ~(above.any() & (health.accepted >= FIRST_JUDGED))
+    accepted = health.accepted + good
+    # At first a plain mean of what there is, which an average that starts at 0 would not be.
+    share = jnp.maximum(1 - MEMORY, 1 / jnp.maximum(accepted, 1))
+    difference = jnp.where(good, values - health.mean, 0.0)
+    judged = Health(
+        skipped=health.skipped + ~good,
+        skipped_in_a_row=jnp.where(good, 0, health.skipped_in_a_row + 1),
+        accepted=accepted,
+        rollbacks=health.rollbacks,
+        mean=health.mean + share * difference,
+        variance=jnp.where(good, (1 - share) * (health.variance + share * difference**2), health.variance),
+    )
+    return good, judged
+
+
+def metrics(health: Health) -> dict[str, Float[Array, ""]]:
+    """What a step reports of it."""
+    return {"train/skipped_steps": health.skipped, "train/skipped_in_a_row": health.skipped_in_a_row}

@@ -1,27 +1,31 @@
 """The training loop."""
 
 import json
+import os
 import signal
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import jax
-import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from mmjax import api
 from mmjax.data import pipeline
+from mmjax.errors import UserError
 from mmjax.files import write_atomically
 from mmjax.models.flops import peak_flops, train_flops
 from mmjax.sharding import distributed
 from mmjax.sharding.rules import batch_sharding
 from mmjax.training import feedback
-from mmjax.training.checkpoint import Checkpoints, saved_steps
-from mmjax.training.health import BrokenRecords
+from mmjax.training.broken_records import BrokenRecords
+from mmjax.training.checkpoint import Checkpoints, DamagedCheckpoint, saved_steps, set_aside
 from mmjax.training.setup import Setup, prepare
+from mmjax.training.skips import SkipWatch
 from mmjax.training.state import TrainState
+from mmjax.training.time_account import TimeAccount
+from mmjax.training.watchdog import Watchdog, exit_at_once
 
 RESULT = "result.json"  # written when a run is finished
 
@@ -33,96 +37,139 @@ def train(config: ConfigDict, workdir: Path) -> int:
       The exit code: 0 at the end of the run, 128 + signal where SIGINT or SIGTERM stopped it.
 
     Raises:
-      UserError: the config, the data or the workdir will not do; nothing was compiled yet.
+      UserError: the config, the data or the workdir will not do, and nothing was compiled yet; or too many records
+        cannot be read, too many steps in a row were skipped, or there is no space for a checkpoint.
     """
     started = time.time()
     setup = prepare(config, workdir)
-    steps, start = setup.steps, max(saved_steps(workdir), default=0)
-    if start >= steps:
-        feedback.say(f"{workdir} is finished at step {start}; delete it or name another --workdir to train anew")
+    if max(saved_steps(workdir), default=0) >= setup.steps:
+        feedback.say(f"{workdir} is finished at step {setup.steps}; delete it or name another --workdir to train anew")
         _finish(setup, _last_evaluation(workdir), started)
         return 0
     for name, entry in config.streams.items():
         for part, source in zip(entry.mixture.values() or [entry], setup.sources[name].values(), strict=True):
             embedded = " (the data set that mmjax comes with)" if part.source.startswith("openmoji") else ""
             feedback.say(f"stream {name}: {len(source):,} records of {part.source}{embedded}")
-    if not start and jax.process_index() == 0:
-        (workdir / RESULT).unlink(missing_ok=True)
-    with jax.set_mesh(setup.mesh), Checkpoints(workdir, config) as checkpoints, StopRequest() as stop:
-        writer = feedback.MetricWriter(workdir, start)
-        broken = BrokenRecords(workdir, config.loader.max_broken_fraction)
-        try:
-            state = checkpoints.restore(start, setup.target) if start else setup.make_state()
-            feedback.say(
-                f"{'resuming at' if start else 'training: step'} {start} of {steps}, "
-                f"{setup.model_parameters / 1e6:.1f} M parameters, {jax.device_count()} x "
-                f"{jax.devices()[0].device_kind}, workdir {workdir}"
-            )
-            done, evaluated = _loop(setup, state, start, checkpoints, writer, stop, broken)
-            checkpoints.wait()
-        finally:
-            writer.close()
-    if broken.summary():
-        feedback.say(broken.summary())
-    if done < steps:
-        feedback.say(f"stopped at step {done} of {steps}, checkpoint saved; the same command goes on from there")
+    watchdog = Watchdog(workdir, jax.process_index(), config.health.hang_timeout_seconds)
+    with jax.set_mesh(setup.mesh), StopRequest() as stop, watchdog:
+        start, state = _initial_state(setup)
+        if not start and jax.process_index() == 0:
+            (workdir / RESULT).unlink(missing_ok=True)
+        feedback.say(
+            f"{'resuming at' if start else 'training: step'} {start} of {setup.steps}, "
+            f"{setup.model_parameters / 1e6:.1f} M parameters, {jax.device_count()} x "
+            f"{jax.devices()[0].device_kind}, workdir {workdir}"
+        )
+        with Run(setup, start, stop, watchdog) as run:
+            done, evaluated = run.train(state)
+    for line in run.summary():
+        feedback.say(line)
+    if done < setup.steps:
+        feedback.say(f"stopped at step {done} of {setup.steps}, checkpoint saved; the same command goes on from there")
         return 128 + stop.signal
     _finish(setup, evaluated, started)
     return 0
 
 
-def _loop(
-    setup: Setup,
-    state: TrainState,
-    start: int,
-    checkpoints: Checkpoints,
-    writer: feedback.MetricWriter,
-    stop: "StopRequest",
-    broken: BrokenRecords,
-) -> tuple[int, Mapping[str, float]]:
-    """Runs the steps from `start`; returns how many are done and the last evaluation."""
-    config, steps = setup.config, setup.steps
-    objectives = {name: tuple(entry.objectives or config.objectives) for name, entry in config.streams.items()}
-    sizes = {name: entry.batch_size for name, entry in config.streams.items()}
-    model = api.Model(config, state.params, setup.tokenizer, setup.mesh)
-    tokenizer, evaluated = setup.tokenizer.to_json(), {}
-    meter = feedback.Meter(train_flops(config.model), peak_flops(jax.devices()[0].device_kind))
-    batches = distributed.prefetch(_on_devices(setup, start, broken))
-    metrics = {}
-    with feedback.TrainProgress(start, steps) as progress:
-        for done in range(start + 1, steps + 1):
-            began = time.perf_counter()
-            stream, batch = next(batches)
-            if all(value.is_ready() for value in metrics.values()):  # the devices had nothing else to do
-                meter.wait(time.perf_counter() - began)
-            began = time.perf_counter()
-            with jax.transfer_guard("disallow"):
-                state, metrics = setup.train_step(state, batch, objectives[stream])
-            if done == start + 1:  # the one that compiles
-                jax.block_until_ready(metrics)
-                meter.restart(time.perf_counter() - began)
-            else:
-                meter.step(sizes[stream])
-            progress.advance(done)
-            last, logs = done == steps, done % config.train.log_every == 0
-            stopping = stop.agreed(logs)
-            if logs or last or stopping:
-                report = {name: float(value) for name, value in jax.device_get(metrics).items()} | meter.read()
-                report |= broken.check([*config.streams])
-                writer.write(done, report)
-                progress.report(done, report)
-            paused = time.perf_counter()
-            results = {}
-            if due := setup.evaluation.due(done, last):
-                current = model.with_params(state.ema if config.train.ema_decay else state.params, done)
-                results = evaluated = setup.evaluation.run(due, current, setup.workdir / "pictures")
-                writer.write(done, results)
-            if done % config.train.checkpoint_every == 0 or last or stopping:
-                checkpoints.save(state, tokenizer, setup.fingerprints, results)
-            meter.pause(time.perf_counter() - paused)
-            if stopping:
-                return done, evaluated
-    return steps, evaluated
+def _initial_state(setup: Setup) -> tuple[int, TrainState]:
+    """The newest checkpoint that is intact and its step, or the state before the first step.
+
+    Raises:
+      UserError: there were checkpoints, and all are damaged.
+    """
+    found = saved_steps(setup.workdir)
+    for step in reversed(found):
+        with Checkpoints(setup.workdir, setup.config, read_only=True) as checkpoints:
+            try:
+                state = checkpoints.restore(step, setup.target)
+                fault = ""
+            except DamagedCheckpoint as error:
+                fault = str(error)
+        faulty = distributed.any_process(bool(fault))
+        if not faulty:
+            return step, state
+        feedback.say(f"{fault or f'checkpoint {step} is damaged for another process'}; the one before it is used")
+        place = set_aside(setup.workdir, step)
+        feedback.say(f"the damaged one is in {place}")
+    if found:
+        raise UserError(f"no checkpoint in {setup.workdir} is intact; the same command starts the run anew")
+    return 0, setup.make_state()
+
+
+class Run:
+    """One session of a run: its steps, and what is reported, evaluated and saved between them."""
+
+    def __init__(self, setup: Setup, start: int, stop: "StopRequest", watchdog: Watchdog):
+        self._setup, self._start, self._stop, self._watchdog = setup, start, stop, watchdog
+        config, workdir = setup.config, setup.workdir
+        self._account = TimeAccount(workdir, start)
+        self._broken = BrokenRecords(workdir, config.loader.max_broken_fraction)
+        self._meter = feedback.Meter(self._account, train_flops(config.model), peak_flops(jax.devices()[0].device_kind))
+        self._skips = SkipWatch(setup)
+
+    def __enter__(self) -> "Run":
+        self._checkpoints = Checkpoints(self._setup.workdir, self._setup.config)
+        self._writer = feedback.MetricWriter(self._setup.workdir, self._start)
+        return self
+
+    def __exit__(self, *exception) -> None:
+        try:
+            self._checkpoints.__exit__(*exception)  # waits for what is being saved
+        finally:
+            self._account.lap("checkpoint")
+            self._account.save()
+            self._writer.close()
+
+    def summary(self) -> list[str]:
+        """Lines for the end of the session."""
+        return [line for line in (self._broken.summary(), self._account.summary()) if line]
+
+    def train(self, state: TrainState) -> tuple[int, Mapping[str, float]]:
+        """Runs the steps that are left; returns how many are done and the last evaluation."""
+        setup, config, meter = self._setup, self._setup.config, self._meter
+        objectives = {name: tuple(entry.objectives or config.objectives) for name, entry in config.streams.items()}
+        model = api.Model(config, state.params, setup.tokenizer, setup.mesh, on_batch=self._watchdog.beat)
+        evaluated: Mapping[str, float] = {}
+        batches = distributed.prefetch(_on_devices(setup, self._start, self._broken))
+        metrics: Mapping[str, jax.Array] = {}
+        with feedback.TrainProgress(self._start, setup.steps) as progress:
+            for done in range(self._start + 1, setup.steps + 1):
+                meter.lap("steps")
+                stream, batch = next(batches)
+                idle = all(value.is_ready() for value in metrics.values())  # the devices had nothing else to do
+                meter.lap("data_wait" if idle else "steps")
+                with jax.transfer_guard("disallow"):
+                    state, metrics = setup.train_step(state, batch, objectives[stream])
+                first, last = done == self._start + 1, done == setup.steps
+                if first:  # the one that compiles
+                    jax.block_until_ready(metrics)
+                stopping = self._stop.agreed(done)
+                logs = done % config.train.log_every == 0 or last or stopping
+                saves = done % config.train.checkpoint_every == 0 or last or stopping
+                fault = self._skips.check(done, metrics, everything=logs or saves)
+                meter.step(done, config.streams[stream].batch_size, first)
+                self._watchdog.beat()
+                progress.advance(done)
+                if logs:
+                    report = {name: float(value) for name, value in jax.device_get(metrics).items()} | meter.read()
+                    report |= self._broken.check([*config.streams])
+                    self._writer.write(done, report)
+                    self._account.save()
+                    progress.report(done, report)
+                if fault:
+                    state = self._skips.go_back(fault, done, state, self._checkpoints)
+                results: dict[str, float] = {}
+                if due := setup.evaluation.due(done, last):
+                    current = model.with_params(state.ema if config.train.ema_decay else state.params, done)
+                    results = evaluated = setup.evaluation.run(due, current, setup.workdir / "pictures")
+                    self._writer.write(done, results)
+                    meter.lap("evaluation")
+                if saves:
+                    self._checkpoints.save(state, setup.tokenizer.to_json(), setup.fingerprints, results)
+                    meter.lap("checkpoint")
+                if stopping:
+                    return done, evaluated
+        return setup.steps, evaluated
 
 
 def _on_devices(setup: Setup, start: int, broken: BrokenRecords) -> Iterator[tuple[str, dict[str, jax.Array]]]:
@@ -163,33 +210,39 @@ def _finish(setup: Setup, evaluated: Mapping[str, float], started: float) -> Non
 
 
 class StopRequest:
-    """Notes the first SIGINT or SIGTERM, so that the loop ends with a checkpoint; the second one acts at once."""
+    """Notes SIGINT or SIGTERM, so that the loop ends with a checkpoint; a second SIGINT (Ctrl-C) acts at once.
+
+    SIGTERM is how Kubernetes, SLURM and the clouds give notice of a preemption, sometimes more than once.
+    """
 
     def __init__(self):
         self.signal = 0
+        self._several = jax.process_count() > 1
 
     def __enter__(self) -> "StopRequest":
-        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        # Among several processes jax itself waits for SIGTERM, and tells the others of it.
+        numbers = (signal.SIGINT,) if self._several else (signal.SIGINT, signal.SIGTERM)
+        self._before = {number: signal.signal(number, self._note) for number in numbers}
         return self
 
     def __exit__(self, *exception) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def agreed(self, ask: bool) -> int:
-        """The signal to stop for after this step, or 0; the same in every process.
-
-        Several processes tell each other where `ask` is true, so that they stop at the same step.
-        """
-        if jax.process_count() == 1:
+    def agreed(self, step: int) -> int:
+        """The signal to stop for after this step, or 0; all processes stop after the same step."""
+        if self._several and multihost_utils.reached_preemption_sync_point(step):
+            self.signal = self.signal or signal.SIGTERM
             return self.signal
-        if ask:
-            self.signal = int(multihost_utils.process_allgather(np.int32(self.signal)).max())
-            return self.signal
-        return 0
+        return 0 if self._several else self.signal
 
     def _note(self, number: int, frame) -> None:
+        if self.signal and number == signal.SIGINT:
+            feedback.say("interrupted; the last checkpoint is intact")
+            exit_at_once(128 + number)
+        if self.signal:
+            return
         self.signal = number
-        for each, handler in self._before.items():
-            signal.signal(each, handler)
-        feedback.say(f"{signal.Signals(number).name}: stopping with a checkpoint; once more stops at once")
+        feedback.say(f"{signal.Signals(number).name}: stopping with a checkpoint; Ctrl-C stops at once")
+        if self._several:
+            os.kill(os.getpid(), signal.SIGTERM)

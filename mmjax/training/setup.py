@@ -24,7 +24,7 @@ from mmjax.sharding import distributed
 from mmjax.sharding.mesh import make_mesh
 from mmjax.sharding.rules import batch_sharding
 from mmjax.training import feedback
-from mmjax.training.checkpoint import Checkpoints, saved_steps
+from mmjax.training.checkpoint import Checkpoints, DamagedCheckpoint, saved_steps, space
 from mmjax.training.optimizer import in_steps, learning_rate_schedule, make_optimizer
 from mmjax.training.state import TrainState, make_state, state_shardings, with_shardings
 from mmjax.training.step import make_train_step
@@ -131,11 +131,9 @@ def _open_stream(name: str, entry: ConfigDict) -> dict[str, sources.Source]:
 
 def _check_data(config: ConfigDict, workdir: Path, fingerprints: Mapping[str, Mapping[str, str]]) -> None:
     """Raises UserError where the data are not those that the run was started with."""
-    steps = saved_steps(workdir)
-    if not steps:
+    saved = _saved_fingerprints(config, workdir)
+    if not saved:
         return
-    with Checkpoints(workdir, config, read_only=True) as checkpoints:
-        saved = checkpoints.restore_fingerprints(max(steps))
     for name, parts in fingerprints.items():
         for part, current in parts.items():
             if current != saved[name][part]:
@@ -144,6 +142,17 @@ def _check_data(config: ConfigDict, workdir: Path, fingerprints: Mapping[str, Ma
                     f"{key}.source: its data are not those that the run in {workdir} was started with (fingerprint "
                     f"{saved[name][part]} there, {current} now); bring them back, or choose another --workdir"
                 )
+
+
+def _saved_fingerprints(config: ConfigDict, workdir: Path) -> dict[str, dict[str, str]]:
+    """Those in the newest checkpoint that is intact; {} without one."""
+    for step in reversed(saved_steps(workdir)):
+        with Checkpoints(workdir, config, read_only=True) as checkpoints:
+            try:
+                return checkpoints.restore_fingerprints(step)
+            except DamagedCheckpoint:
+                continue
+    return {}
 
 
 def _check_processes(fingerprints: Mapping[str, Mapping[str, str]], tokenizer: text.Tokenizer) -> None:
@@ -209,7 +218,7 @@ def _check_space(workdir: Path, state: TrainState) -> None:
     """Two checkpoints have to fit: the last good one stays until the next one is whole."""
     if jax.process_index() != 0:
         return
-    needed = 2 * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    needed = 2 * space(state)
     free = shutil.disk_usage(workdir).free
     if needed > free:
         raise UserError(

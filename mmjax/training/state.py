@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int, PyTree
 
 from mmjax.sharding.rules import RULES, AxisRules, logical_axes, parameter_shardings, path_name
+from mmjax.training import health
 
 
 @struct.dataclass
@@ -24,6 +25,7 @@ class TrainState:
     params: PyTree
     opt_state: optax.OptState
     ema: PyTree
+    health: health.Health
 
 
 def make_state(
@@ -32,7 +34,7 @@ def make_state(
     """The state before the first step. Run it under jit, with the shardings below as its output's."""
     params = init_params()
     ema = jax.tree.map(jnp.copy, params) if with_ema else {}
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), ema)
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), ema, health.new())
 
 
 def state_shardings(state: TrainState, mesh: Mesh, rules: AxisRules = RULES) -> TrainState:
@@ -56,6 +58,7 @@ def state_shardings(state: TrainState, mesh: Mesh, rules: AxisRules = RULES) -> 
         params=parameter_shardings(state.params, mesh, rules),
         opt_state=jax.tree_util.tree_map_with_path(statistic, state.opt_state),
         ema=parameter_shardings(state.ema, mesh, rules),
+        health=jax.tree.map(lambda _: NamedSharding(mesh, P()), state.health),
     )
 
 

@@ -9,6 +9,7 @@ from flax import linen as nn
 from jaxtyping import Array
 from ml_collections import ConfigDict
 
+from mmjax.training import health
 from mmjax.training.gradient import Metrics, make_gradient
 from mmjax.training.state import TrainState
 
@@ -33,12 +34,16 @@ def make_train_step(
         grads, metrics = gradient(state.params, batch, rng, names)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics |= {"train/grad_norm": optax.tree.norm(grads), "train/learning_rate": schedule(state.step)}
+        grad_norm = optax.tree.norm(grads)
+        metrics |= {"train/grad_norm": grad_norm, "train/learning_rate": schedule(state.step)}
         ema = state.ema
         if ema_decay:
             # A young average follows faster, or it would remember its random start.
             decay = jnp.minimum(ema_decay, (1.0 + state.step) / (10.0 + state.step))
             ema = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, ema, params)
-        return TrainState(state.step + 1, params, opt_state, ema), metrics
+        good, judged = health.judge(state.health, metrics["train/loss"], grad_norm, config.health.spike_zscore)
+        old, new = (state.params, state.opt_state, state.ema), (params, opt_state, ema)
+        params, opt_state, ema = jax.tree.map(lambda was, becomes: jnp.where(good, becomes, was), old, new)
+        return TrainState(state.step + 1, params, opt_state, ema, judged), metrics | health.metrics(judged)
 
     return train_step

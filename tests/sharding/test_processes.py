@@ -1,13 +1,19 @@
 """Two real processes of four devices each, against one process of eight."""
 
+import os
+import shutil
 import signal
 import socket
 import time
 
+import jax
+import numpy as np
 import pytest
 
+from mmjax import api
 from mmjax.training.checkpoint import saved_steps
 from mmjax.training.feedback import read_metrics
+from mmjax.training.watchdog import EXIT_HUNG
 from tests import programs
 
 ARGUMENTS = ("--config=tests/tiny.py:6", "--config.mesh.fsdp=2", "--config.train.checkpoint_every=3")
@@ -69,3 +75,65 @@ def test_one_of_two_processes_is_told_to_stop_and_both_do(tmp_path, openmoji_fol
     processes[1].send_signal(signal.SIGTERM)
     finish(processes, 143)
     assert saved_steps(tmp_path) == [read_metrics(tmp_path / "metrics.jsonl")[-1]["step"]]
+
+
+@pytest.mark.slow
+@pytest.mark.sharding
+def test_one_of_two_processes_is_killed_and_both_started_again(tmp_path, openmoji_folder):
+    """The other one does not outlive it; the same command goes on, and ends with the same bits."""
+    arguments = ("--config=tests/tiny.py:12", *ARGUMENTS[1:], "--config.distributed.heartbeat_timeout_seconds=10")
+    finish(start_two(*arguments, f"--workdir={tmp_path / 'whole'}"), 0)
+    for number, wanted in enumerate((4, 8)):
+        processes = start_two(*arguments, f"--workdir={tmp_path / 'killed'}")
+        path = tmp_path / "killed" / "metrics.jsonl"
+        while processes[0].poll() is None and max((line["step"] for line in read_metrics(path)), default=0) < wanted:
+            time.sleep(0.01)
+        processes[1 - number].kill()
+        codes = [process.communicate(timeout=100) and process.returncode for process in processes]
+        assert 0 not in codes, codes
+    shutil.copytree(tmp_path / "killed", tmp_path / "alone")
+    finish(start_two(*arguments, f"--workdir={tmp_path / 'killed'}"), 0)
+    one, two = (api.load(tmp_path / name).params for name in ("whole", "killed"))
+    jax.tree.map(np.testing.assert_array_equal, one, two)
+    # One process may go on with what two began.
+    code, output = programs.run("main", *arguments, f"--workdir={tmp_path / 'alone'}", devices=8)
+    assert code == 0 and "resuming at" in output, output
+    whole, alone = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("whole", "alone"))
+    losses = [[line["train/loss"] for line in lines if "train/loss" in line] for lines in (whole, alone)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.sharding
+def test_when_one_of_two_processes_is_stuck_both_end_and_say_where(tmp_path, openmoji_folder):
+    """It lives, so no heartbeat fails; the other one waits for it inside a collective."""
+    processes = start_two(
+        "--config=tests/tiny.py:100000",
+        "--config.loader.workers=1",
+        f"--workdir={tmp_path}",
+        "--config.health.hang_timeout_seconds=30",
+    )
+    while processes[0].poll() is None and len(read_metrics(tmp_path / "metrics.jsonl")) < 5:
+        time.sleep(0.05)
+    (worker,) = programs.loader_processes(processes[1])
+    os.kill(worker, signal.SIGSTOP)
+    outputs = [process.communicate(timeout=200)[0] for process in processes]
+    # Whoever is first ends the other one, whose coordinator or peer is then gone.
+    assert EXIT_HUNG in [process.returncode for process in processes], outputs
+    assert all(process.returncode != 0 for process in processes)
+    assert list(tmp_path.glob("hang.*.txt"))
+
+
+@pytest.mark.slow
+@pytest.mark.sharding
+def test_a_checkpoint_that_is_damaged_for_one_process_is_set_aside_by_both(tmp_path, openmoji_folder):
+    arguments = ("--config=tests/tiny.py:9", *ARGUMENTS[1:], "--config.mesh.fsdp=8", "--config.train.max_to_keep=5")
+    finish(start_two(*arguments, f"--workdir={tmp_path}"), 0)
+    expected = api.load(tmp_path).params
+    shutil.rmtree(tmp_path / "checkpoints" / "9")
+    own_files = tmp_path / "checkpoints" / "6" / "params"
+    written = max((path for path in own_files.rglob("d/*")), key=lambda path: path.stat().st_size)
+    written.write_bytes(written.read_bytes()[: written.stat().st_size // 2])
+    outputs = finish(start_two(*arguments, f"--workdir={tmp_path}"), 0)
+    assert "resuming at 3" in outputs[0] and (tmp_path / "damaged_checkpoints" / "6").is_dir(), outputs[0]
+    jax.tree.map(np.testing.assert_array_equal, api.load(tmp_path).params, expected)

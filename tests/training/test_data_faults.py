@@ -10,10 +10,9 @@ from mmjax.data import records
 from mmjax.data.sources import open_source
 from mmjax.errors import UserError
 from mmjax.training import setup
+from mmjax.training.broken_records import BrokenRecords
 from mmjax.training.checkpoint import Checkpoints
 from mmjax.training.feedback import read_metrics
-from mmjax.training.health import BrokenRecords
-from mmjax.training.state import TrainState
 from tests import programs, tiny
 
 SHARED = ("--config=tests/tiny.py:40", "--config.streams.train.split=", "--config.train.log_every=10")
@@ -86,7 +85,7 @@ def test_a_resumed_run_refuses_other_data(tmp_path, openmoji_folder):
     run = setup.prepare(config, tmp_path / "run")
     with jax.set_mesh(run.mesh), Checkpoints(run.workdir, config) as checkpoints:
         state = run.make_state()
-        at_step = TrainState(jax.numpy.int32(2), state.params, state.opt_state, state.ema)
+        at_step = state.replace(step=jax.numpy.int32(2))
         checkpoints.save(at_step, run.tokenizer.to_json(), run.fingerprints, {})
     (tmp_path / "moved").mkdir()
     (tmp_path / "data").rename(tmp_path / "moved" / "data")

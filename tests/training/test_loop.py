@@ -3,6 +3,8 @@
 import json
 import random
 import signal
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -65,24 +67,71 @@ def test_the_same_seed_gives_the_same_bits(uninterrupted, tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_anywhere_and_run_again_the_result_is_the_same_bits(uninterrupted, tmp_path):
-    """SIGKILL at random moments, three times, then the same command to the end."""
+def test_killed_ten_times_anywhere_and_run_again_the_result_is_the_same_bits(uninterrupted, tmp_path):
+    """SIGKILL at random moments, every second time while a checkpoint is being written, then to the end."""
     workdir, _ = uninterrupted
-    moments = random.Random(0)
-    for _ in range(3):
+    moments, while_saving = random.Random(0), 0
+    for number in range(10):
+        wanted = max(saved_steps(tmp_path), default=0) + moments.randint(1, 6)
+        metrics, unfinished = tmp_path / "metrics.jsonl", tmp_path / "checkpoints"
+        before = metrics.stat().st_ino if metrics.exists() else None
         process = programs.start("main", *ARGUMENTS, f"--workdir={tmp_path}")
-        before = max(saved_steps(tmp_path), default=0)
-        wanted = before + moments.randint(1, 8)
+        while process.poll() is None and not (metrics.exists() and metrics.stat().st_ino != before):
+            time.sleep(0.005)  # what is in it was written before the last kill
         while process.poll() is None and max((line["step"] for line in metric_lines(tmp_path)), default=0) < wanted:
-            time.sleep(0.01)
+            time.sleep(0.005)
+        if number % 2 == 0:
+            time.sleep(moments.random())
+        while process.poll() is None and number % 2 and not list(unfinished.glob("*.orbax-checkpoint-tmp")):
+            time.sleep(0.001)
         process.kill()
         process.communicate()
+        while_saving += bool(list(unfinished.glob("*.orbax-checkpoint-tmp")))
+    assert while_saving >= 2
     code, output = programs.run("main", *ARGUMENTS, f"--workdir={tmp_path}")
     assert code == 0 and "resuming at" in output, output
+    assert not list(unfinished.glob("*.orbax-checkpoint-tmp"))
     assert_identical(workdir, tmp_path)
     assert [line["step"] for line in metric_lines(tmp_path)] == list(range(1, STEPS + 1))
     losses = [[line["train/loss"] for line in metric_lines(folder)] for folder in (workdir, tmp_path)]
     assert losses[0] == losses[1]
+    seconds = json.loads((tmp_path / "time.json").read_text())["seconds"]
+    assert seconds["restart"] > 5 * seconds["start"] / 2 and metric_lines(tmp_path)[-1]["goodput/restart"] > 0.5
+
+
+@pytest.mark.slow
+def test_a_second_start_compiles_nothing_that_takes_over_a_second(tmp_path, openmoji_folder):
+    program = (
+        "import sys, jax, runpy\n"
+        "hits = []\n"
+        "def count(event, **more):\n"
+        "    if event.endswith('compilation_cache/cache_hits'): hits.append(event); print('FOUND')\n"
+        "def tell(event, seconds, **more):\n"
+        "    if 'backend_compile' in event:\n"  # its time includes that of looking into the cache
+        "        if not hits and seconds > 1: print('COMPILED', seconds, more)\n"
+        "        hits.clear()\n"
+        "jax.monitoring.register_event_listener(count)\n"
+        "jax.monitoring.register_event_duration_secs_listener(tell)\n"
+        "sys.argv = ['mmjax.main', *sys.argv[1:]]\n"
+        "runpy.run_module('mmjax.main', run_name='__main__')\n"
+    )
+
+    def start(name):
+        command = [sys.executable, "-c", program, "--config=tests/tiny.py:4", f"--workdir={tmp_path / name}"]
+        # The layers of a deep tower, laid out one by one, take over a second to compile.
+        command += ["--config.model.encoders.image.depth=8", "--config.model.encoders.image.unroll=0"]
+        environment = programs.environment(MMJAX_CACHE=str(tmp_path / "cache"))
+        (tmp_path / "cache").mkdir(exist_ok=True)
+        data = openmoji_folder
+        if not (tmp_path / "cache" / data.name).exists():
+            (tmp_path / "cache" / data.name).symlink_to(data)
+        finished = subprocess.run(command, cwd=programs.ROOT, env=environment, capture_output=True, text=True)
+        assert finished.returncode == 0, finished.stderr
+        return finished.stdout
+
+    first, second = start("first"), start("second")
+    assert "COMPILED" in first and "FOUND" not in first
+    assert "COMPILED" not in second and "FOUND" in second, second
 
 
 @pytest.mark.slow

@@ -1,0 +1,77 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from mmjax.training.feedback import read_metrics
+from mmjax.training.watchdog import EXIT_HUNG, Watchdog
+from tests import programs
+
+
+def start_and_stop_its_worker(tmp_path, hang_timeout):
+    """A run whose loader process is stuck, and the number of that process."""
+    process = programs.start(
+        "main",
+        "--config=tests/tiny.py:100000",
+        f"--workdir={tmp_path}",
+        "--config.loader.workers=1",
+        "--config.train.checkpoint_every=5",
+        f"--config.health.hang_timeout_seconds={hang_timeout}",
+    )
+    while process.poll() is None and len(read_metrics(tmp_path / "metrics.jsonl")) < 8:
+        time.sleep(0.05)
+    (worker,) = programs.loader_processes(process)
+    os.kill(worker, signal.SIGSTOP)
+    return process, worker
+
+
+@pytest.mark.slow
+def test_a_run_whose_loader_is_stuck_ends_and_says_where(tmp_path, openmoji_folder):
+    process, worker = start_and_stop_its_worker(tmp_path, 20)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == EXIT_HUNG, output
+    assert "config.health.hang_timeout_seconds" in output and str(tmp_path / "hang.0.txt") in output
+    stacks = (tmp_path / "hang.0.txt").read_text()
+    assert "no step for" in stacks and "train_batches" in stacks and "MainThread" not in output
+    assert not Path(f"/proc/{worker}").exists() or b"Z" in Path(f"/proc/{worker}/stat").read_bytes()
+
+
+@pytest.mark.slow
+def test_the_second_ctrl_c_ends_what_the_first_one_cannot(tmp_path, openmoji_folder):
+    process, worker = start_and_stop_its_worker(tmp_path, 0)
+    time.sleep(2)  # until all batches are used up that were read ahead
+    process.send_signal(signal.SIGINT)
+    time.sleep(3)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in output, output
+    assert not Path(f"/proc/{worker}").exists() or b"Z" in Path(f"/proc/{worker}/stat").read_bytes()
+
+
+def test_beats_keep_it_quiet_and_silence_does_not(tmp_path):
+    program = (
+        "import sys, time; from pathlib import Path; from mmjax.training.watchdog import Watchdog\n"
+        "beats = int(sys.argv[1])\n"
+        "with Watchdog(Path(sys.argv[2]), 3, 1.0) as watchdog:\n"
+        "    for _ in range(beats): time.sleep(0.2); watchdog.beat()\n"
+        "    time.sleep(0 if beats else 60)\n"
+    )
+
+    def run(beats):
+        command = [sys.executable, "-c", program, str(beats), str(tmp_path)]
+        return subprocess.run(command, cwd=programs.ROOT, capture_output=True, text=True, timeout=50).returncode
+
+    assert run(10) == 0 and not (tmp_path / "hang.3.txt").exists()
+    assert run(0) == EXIT_HUNG and "no step for 1 s" in (tmp_path / "hang.3.txt").read_text()
+
+
+def test_zero_turns_it_off(tmp_path):
+    with Watchdog(tmp_path, 0, 0.0):
+        time.sleep(0.1)
+    assert json.dumps([*tmp_path.iterdir()]) == "[]"
