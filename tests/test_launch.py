@@ -80,7 +80,9 @@ def test_signals_are_passed_on_and_the_command_may_take_its_time(tmp_path, numbe
         "while :; do sleep 0.05; done\n"
     )
     command.chmod(0o755)
-    process = subprocess.Popen([ROOT / "launch" / "keep_running.sh", command], stdout=subprocess.PIPE, text=True)
+    # A shell cannot trap what its parent ignores.
+    started = ["env", "--default-signal=INT", ROOT / "launch" / "keep_running.sh", command]
+    process = subprocess.Popen(started, stdout=subprocess.PIPE, text=True)
     while not (tmp_path / "ready").exists():
         time.sleep(0.01)
     process.send_signal(number)

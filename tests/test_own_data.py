@@ -43,7 +43,8 @@ def recipe(tmp_path_factory):
 @pytest.mark.slow
 def test_a_mixture_of_own_files_trains_and_is_evaluated_on_own_files(recipe, tmp_path):
     workdir = tmp_path / "run"
-    code, output = programs.run("main", f"--config={recipe / 'recipe.py'}", f"--workdir={workdir}")
+    cache = str(tmp_path / "cache")  # an empty one: the vocabulary of an earlier run would be used again
+    code, output = programs.run("main", f"--config={recipe / 'recipe.py'}", f"--workdir={workdir}", MMJAX_CACHE=cache)
     assert code == 0, output
     for text in ("indexing", "for a vocabulary", "30 records of webdataset:", "30 records of csv:", "own"):
         assert text in output

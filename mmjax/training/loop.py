@@ -81,16 +81,11 @@ def _initial_state(setup: Setup) -> tuple[int, TrainState]:
     for step in reversed(found):
         with Checkpoints(setup.workdir, setup.config, read_only=True) as checkpoints:
             try:
-                state = checkpoints.restore(step, setup.target)
-                fault = ""
+                return step, checkpoints.restore(step, setup.target)
             except DamagedCheckpoint as error:
-                fault = str(error)
-        faulty = distributed.any_process(bool(fault))
-        if not faulty:
-            return step, state
-        feedback.say(f"{fault or f'checkpoint {step} is damaged for another process'}; the one before it is used")
+                fault = error
         place = set_aside(setup.workdir, step)
-        feedback.say(f"the damaged one is in {place}")
+        feedback.say(f"{fault}; it is now in {place}, and the one before it is used")
     if found:
         raise UserError(f"no checkpoint in {setup.workdir} is intact; the same command starts the run anew")
     return 0, setup.make_state()

@@ -16,7 +16,13 @@ from mmjax.training.feedback import read_metrics
 from mmjax.training.watchdog import EXIT_HUNG
 from tests import programs
 
-ARGUMENTS = ("--config=tests/tiny.py:6", "--config.mesh.fsdp=2", "--config.train.checkpoint_every=3")
+ARGUMENTS = (
+    "--config=tests/tiny.py:9",
+    "--config.mesh.fsdp=8",
+    "--config.train.checkpoint_every=3",
+    "--config.train.max_to_keep=5",
+    "--config.distributed.heartbeat_timeout_seconds=10",
+)
 
 
 def free_port():
@@ -46,22 +52,31 @@ def finish(processes, code):
     return outputs
 
 
+@pytest.fixture(scope="module")
+def two(tmp_path_factory, openmoji_folder):
+    """A finished run of two processes, and what they said."""
+    workdir = tmp_path_factory.mktemp("runs") / "two"
+    return workdir, finish(start_two(*ARGUMENTS, f"--workdir={workdir}"), 0)
+
+
 @pytest.mark.slow
 @pytest.mark.sharding
-def test_two_processes_train_and_evaluate_like_one(tmp_path, openmoji_folder):
-    code, output = programs.run("main", *ARGUMENTS, f"--workdir={tmp_path / 'one'}", devices=8)
+def test_two_processes_train_and_evaluate_like_one(two, tmp_path):
+    workdir, outputs = two
+    code, output = programs.run("main", *ARGUMENTS, f"--workdir={tmp_path}", devices=8)
     assert code == 0, output
-    outputs = finish(start_two(*ARGUMENTS, f"--workdir={tmp_path / 'two'}"), 0)
     assert "Retrieval on held-out data" in outputs[0] and "Retrieval" not in outputs[1]
-    one, two = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
+    one, two = (read_metrics(folder / "metrics.jsonl") for folder in (tmp_path, workdir))
     assert [line["step"] for line in one] == [line["step"] for line in two]
     for a, b in zip(one, two, strict=True):
         for name in a:
-            if name.startswith(("train/", "eval/")):
+            if name.startswith("train/"):
                 assert b[name] == pytest.approx(a[name], rel=1e-5, abs=1e-6), name
+            elif name.startswith("eval/"):  # a difference in the last bit may exchange two of 400 neighbours
+                assert b[name] == pytest.approx(a[name], rel=1e-3, abs=2 / 400), name
     # The checkpoint of two processes is one process's too.
-    code, output = programs.run("main", *ARGUMENTS, f"--workdir={tmp_path / 'two'}", devices=8)
-    assert code == 0 and "is finished at step 6" in output
+    code, output = programs.run("main", *ARGUMENTS, f"--workdir={workdir}", devices=8)
+    assert code == 0 and "is finished at step 9" in output
 
 
 @pytest.mark.slow
@@ -79,26 +94,22 @@ def test_one_of_two_processes_is_told_to_stop_and_both_do(tmp_path, openmoji_fol
 
 @pytest.mark.slow
 @pytest.mark.sharding
-def test_one_of_two_processes_is_killed_and_both_started_again(tmp_path, openmoji_folder):
+def test_one_of_two_processes_is_killed_and_both_started_again(two, tmp_path):
     """The other one does not outlive it; the same command goes on, and ends with the same bits."""
-    arguments = ("--config=tests/tiny.py:12", *ARGUMENTS[1:], "--config.distributed.heartbeat_timeout_seconds=10")
-    finish(start_two(*arguments, f"--workdir={tmp_path / 'whole'}"), 0)
-    for number, wanted in enumerate((4, 8)):
-        processes = start_two(*arguments, f"--workdir={tmp_path / 'killed'}")
-        path = tmp_path / "killed" / "metrics.jsonl"
-        while processes[0].poll() is None and max((line["step"] for line in read_metrics(path)), default=0) < wanted:
-            time.sleep(0.01)
-        processes[1 - number].kill()
-        codes = [process.communicate(timeout=100) and process.returncode for process in processes]
-        assert 0 not in codes, codes
+    processes = start_two(*ARGUMENTS, f"--workdir={tmp_path / 'killed'}")
+    path = tmp_path / "killed" / "metrics.jsonl"
+    while processes[0].poll() is None and max((line["step"] for line in read_metrics(path)), default=0) < 7:
+        time.sleep(0.01)
+    processes[1].kill()
+    codes = [process.communicate(timeout=100) and process.returncode for process in processes]
+    assert 0 not in codes, codes
     shutil.copytree(tmp_path / "killed", tmp_path / "alone")
-    finish(start_two(*arguments, f"--workdir={tmp_path / 'killed'}"), 0)
-    one, two = (api.load(tmp_path / name).params for name in ("whole", "killed"))
-    jax.tree.map(np.testing.assert_array_equal, one, two)
+    finish(start_two(*ARGUMENTS, f"--workdir={tmp_path / 'killed'}"), 0)
+    jax.tree.map(np.testing.assert_array_equal, api.load(tmp_path / "killed").params, api.load(two[0]).params)
     # One process may go on with what two began.
-    code, output = programs.run("main", *arguments, f"--workdir={tmp_path / 'alone'}", devices=8)
+    code, output = programs.run("main", *ARGUMENTS, f"--workdir={tmp_path / 'alone'}", devices=8)
     assert code == 0 and "resuming at" in output, output
-    whole, alone = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("whole", "alone"))
+    whole, alone = (read_metrics(folder / "metrics.jsonl") for folder in (two[0], tmp_path / "alone"))
     losses = [[line["train/loss"] for line in lines if "train/loss" in line] for lines in (whole, alone)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
@@ -126,14 +137,13 @@ def test_when_one_of_two_processes_is_stuck_both_end_and_say_where(tmp_path, ope
 
 @pytest.mark.slow
 @pytest.mark.sharding
-def test_a_checkpoint_that_is_damaged_for_one_process_is_set_aside_by_both(tmp_path, openmoji_folder):
-    arguments = ("--config=tests/tiny.py:9", *ARGUMENTS[1:], "--config.mesh.fsdp=8", "--config.train.max_to_keep=5")
-    finish(start_two(*arguments, f"--workdir={tmp_path}"), 0)
-    expected = api.load(tmp_path).params
-    shutil.rmtree(tmp_path / "checkpoints" / "9")
-    own_files = tmp_path / "checkpoints" / "6" / "params"
-    written = max((path for path in own_files.rglob("d/*")), key=lambda path: path.stat().st_size)
+def test_a_checkpoint_that_is_damaged_for_one_process_is_set_aside_by_both(two, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(two[0], workdir)
+    shutil.rmtree(workdir / "checkpoints" / "9")
+    own = workdir / "checkpoints" / "6" / "params" / "ocdbt.process_1"
+    written = max((path for path in own.rglob("d/*")), key=lambda path: path.stat().st_size)
     written.write_bytes(written.read_bytes()[: written.stat().st_size // 2])
-    outputs = finish(start_two(*arguments, f"--workdir={tmp_path}"), 0)
-    assert "resuming at 3" in outputs[0] and (tmp_path / "damaged_checkpoints" / "6").is_dir(), outputs[0]
-    jax.tree.map(np.testing.assert_array_equal, api.load(tmp_path).params, expected)
+    outputs = finish(start_two(*ARGUMENTS, f"--workdir={workdir}"), 0)
+    assert "resuming at 3" in outputs[0] and (workdir / "damaged_checkpoints" / "6").is_dir(), outputs[0]
+    jax.tree.map(np.testing.assert_array_equal, api.load(workdir).params, api.load(two[0]).params)

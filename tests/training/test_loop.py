@@ -118,8 +118,6 @@ def test_a_second_start_compiles_nothing_that_takes_over_a_second(tmp_path, open
 
     def start(name):
         command = [sys.executable, "-c", program, "--config=tests/tiny.py:4", f"--workdir={tmp_path / name}"]
-        # The layers of a deep tower, laid out one by one, take over a second to compile.
-        command += ["--config.model.encoders.image.depth=8", "--config.model.encoders.image.unroll=0"]
         environment = programs.environment(MMJAX_CACHE=str(tmp_path / "cache"))
         (tmp_path / "cache").mkdir(exist_ok=True)
         data = openmoji_folder
