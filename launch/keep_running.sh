@@ -11,9 +11,9 @@ if [ $# -eq 0 ]; then
   exit 2
 fi
 set -m # without it, what runs in the background ignores Ctrl-C
-child=
-trap '[ -z "$child" ] || kill -s INT "$child"' INT
-trap '[ -z "$child" ] || kill -s TERM "$child"' TERM
+child= stopped=
+trap 'stopped=130; [ -z "$child" ] || kill -s INT "$child" 2>/dev/null' INT
+trap 'stopped=143; [ -z "$child" ] || kill -s TERM "$child" 2>/dev/null' TERM
 short=0
 while :; do
   began=$SECONDS
@@ -25,6 +25,8 @@ while :; do
     kill -0 "$child" 2>/dev/null || break
   done
   case $code in 0 | 2 | 130 | 143) exit "$code" ;; esac
+  child=
+  [ -z "$stopped" ] || exit "$stopped"
   if [ $((SECONDS - began)) -lt 600 ]; then short=$((short + 1)); else short=0; fi
   if [ "$short" -gt 5 ]; then
     echo "keep_running.sh: exit code $code again and again: giving up" >&2
@@ -32,4 +34,5 @@ while :; do
   fi
   echo "keep_running.sh: exit code $code: starting again" >&2
   sleep "${MMJAX_RESTART_SECONDS:-5}"
+  [ -z "$stopped" ] || exit "$stopped"
 done

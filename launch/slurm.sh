@@ -9,4 +9,4 @@
 #SBATCH --job-name=mmjax
 #SBATCH --requeue
 set -euo pipefail
-exec srun launch/keep_running.sh python -m mmjax.main "$@"
+exec srun --kill-on-bad-exit=1 launch/keep_running.sh python -m mmjax.main "$@"

@@ -38,7 +38,15 @@ def test_tpu_vm_without_arguments_explains_itself(tmp_path):
 def test_slurm_starts_the_program_in_every_task(tmp_path):
     result = run("slurm.sh", tmp_path, ["srun"], "--config=configs/vit_b.py")
     assert result.returncode == 0, result.stderr
-    expected = ["srun", "launch/keep_running.sh", "python", "-m", "mmjax.main", "--config=configs/vit_b.py"]
+    expected = [
+        "srun",
+        "--kill-on-bad-exit=1",
+        "launch/keep_running.sh",
+        "python",
+        "-m",
+        "mmjax.main",
+        "--config=configs/vit_b.py",
+    ]
     assert (tmp_path / "calls").read_text().split() == expected
 
 
@@ -88,3 +96,19 @@ def test_signals_are_passed_on_and_the_command_may_take_its_time(tmp_path, numbe
     process.send_signal(number)
     output, _ = process.communicate(timeout=20)
     assert process.returncode == code and output == "saved\n"
+
+
+def test_stopped_between_two_starts_it_does_not_start_again(tmp_path):
+    command = tmp_path / "command"
+    command.write_text(f"#!/usr/bin/env bash\necho run >> {tmp_path}/runs\nexit 75\n")
+    command.chmod(0o755)
+    process = subprocess.Popen(
+        [ROOT / "launch" / "keep_running.sh", command],
+        env=os.environ | {"MMJAX_RESTART_SECONDS": "2"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert "starting again" in process.stderr.readline()
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=20)
+    assert process.returncode == 143 and (tmp_path / "runs").read_text() == "run\n"

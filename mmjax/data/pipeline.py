@@ -394,8 +394,9 @@ def _iterate(dataset: grain.MapDataset, loader: ConfigDict) -> Iterator[Batch]:
 
 
 def _start_worker(index: int, count: int) -> None:
-    """Leaves Ctrl-C to the process that trains, and ends with it, however that ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Leaves signals, which a group of processes gets, to the one that trains, and ends with it, however that ends."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     parent = os.getppid()
 
     def watch() -> None:

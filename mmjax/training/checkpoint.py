@@ -2,6 +2,7 @@
 
 import errno
 import functools
+import json
 import os
 import shutil
 import uuid
@@ -57,7 +58,8 @@ class Checkpoints:
         self._worst = float("-inf" if config.train.best_mode == "max" else "inf")
         train = config.train
         policies = [LatestN(train.max_to_keep)]
-        if train.best_metric:
+        judged = train.best_metric and not read_only
+        if judged:
             # Without the metric a checkpoint is not a candidate; LatestN still keeps the new ones.
             policies.append(
                 BestN(
@@ -69,10 +71,11 @@ class Checkpoints:
             )
         options = ocp.CheckpointManagerOptions(
             preservation_policy=AnyPreservationPolicy(policies),
-            best_fn=self._best_value if train.best_metric else None,  # without one, metrics are not saved
+            best_fn=self._best_value if judged else None,  # without one, metrics are not saved
             best_mode=train.best_mode,
             create=not read_only,
             read_only=read_only,
+            lightweight_initialize=read_only,  # a reader needs no metrics, and they may be damaged
             cleanup_tmp_directories=not read_only,  # of a save that was killed
         )
         self._path = Path(workdir).absolute() / FOLDER
@@ -117,7 +120,7 @@ class Checkpoints:
         kept = {self._best: float(metrics[self._best])} if self._best in metrics else None
         with self._space_needed():
             self._manager.wait_until_finished()  # of the one before, which may still take space
-            if jax.process_index() == 0 and shutil.disk_usage(self._path).free < space(arrays):
+            if distributed.any_process(shutil.disk_usage(self._path).free < space(arrays)):
                 raise OSError(errno.ENOSPC, _NO_SPACE[0])
             self._manager.save(int(state.step), args=ocp.args.Composite(**items), metrics=kept)
 
@@ -145,19 +148,11 @@ class Checkpoints:
             return self._restore_arrays(step, {item: with_shardings(shapes, parameter_shardings(shapes, mesh))})[item]
 
     def _restore_arrays(self, step: int, targets: Mapping[str, PyTree]) -> dict[str, PyTree]:
-        written = self._restore_json(step, "checksums")
-        for name, target in targets.items():
-            different = (
-                sorted(written[name].keys() ^ {array for array, _ in _arrays(target)}) if name in written else []
-            )
-            if different:
-                raise UserError(
-                    f"checkpoint {self._path / str(step)} is of another model, or of another version of mmjax: its "
-                    f"{name} and those wanted differ in {min(different)}"
-                )
-        found, fault = {}, None
+        written, found, fault = {}, {}, None
         try:
             with self._damage_told(step):
+                written = self._read_json(step, "checksums")
+                self._check_arrays(step, targets, written)
                 for name, target in targets.items():
                     # Not through the manager: a process that fails would not come to the barrier at its end.
                     folder = epath.Path(self._path / str(step) / name)
@@ -173,6 +168,15 @@ class Checkpoints:
                     raise ValueError(f"the values of {name} are not those that were saved")
         return found
 
+    def _check_arrays(self, step: int, targets: Mapping[str, PyTree], written: Mapping[str, Mapping[str, int]]) -> None:
+        for name, target in targets.items():
+            different = written.get(name, {}).keys() ^ {array for array, _ in _arrays(target)}
+            if different:
+                raise UserError(
+                    f"checkpoint {self._path / str(step)} is of another model, or of another version of mmjax: its "
+                    f"{name} and those wanted differ in {min(different)}"
+                )
+
     def restore_tokenizer(self, step: int) -> dict[str, Any]:
         """What `Tokenizer.to_json()` gave."""
         return self._restore_json(step, "tokenizer")
@@ -183,7 +187,10 @@ class Checkpoints:
 
     def _restore_json(self, step: int, item: str) -> dict[str, Any]:
         with self._damage_told(step):
-            return self._manager.restore(step, args=ocp.args.Composite(**{item: ocp.args.JsonRestore()}))[item]
+            return self._read_json(step, item)
+
+    def _read_json(self, step: int, item: str) -> dict[str, Any]:
+        return ocp.JsonCheckpointHandler().restore(epath.Path(self._path / str(step) / item))
 
     def wait(self) -> None:
         """Returns when everything that was started to be saved is on disk.
@@ -200,7 +207,7 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+            if isinstance(error, MemoryError | UserError) or "RESOURCE_EXHAUSTED" in str(error):
                 raise
             raise DamagedCheckpoint(f"checkpoint {self._path / str(step)} is damaged: {one_line(error)}") from error
 
@@ -256,6 +263,19 @@ def _checksums(leaves: list[Array]) -> UInt32[Array, " leaves"]:
     sums = jnp.stack([checksum(leaf) for leaf in leaves])
     mesh = jax.sharding.get_abstract_mesh()
     return sums if mesh.empty else jax.lax.with_sharding_constraint(sums, P())
+
+
+def steps_with_damaged_metrics(workdir: str | Path) -> list[int]:
+    """The checkpoints whose evaluation, which is read to keep the best, cannot be read."""
+    damaged = []
+    for step in saved_steps(workdir):
+        path = Path(workdir) / FOLDER / str(step) / "metrics" / "metrics"
+        try:
+            if path.exists():
+                json.loads(path.read_text())
+        except ValueError:
+            damaged.append(step)
+    return damaged
 
 
 def set_aside(workdir: str | Path, step: int) -> Path:

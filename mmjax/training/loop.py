@@ -20,7 +20,13 @@ from mmjax.sharding import distributed
 from mmjax.sharding.rules import batch_sharding
 from mmjax.training import feedback
 from mmjax.training.broken_records import BrokenRecords
-from mmjax.training.checkpoint import Checkpoints, DamagedCheckpoint, saved_steps, set_aside
+from mmjax.training.checkpoint import (
+    Checkpoints,
+    DamagedCheckpoint,
+    saved_steps,
+    set_aside,
+    steps_with_damaged_metrics,
+)
 from mmjax.training.setup import Setup, prepare
 from mmjax.training.skips import SkipWatch
 from mmjax.training.state import TrainState
@@ -77,13 +83,15 @@ def _initial_state(setup: Setup) -> tuple[int, TrainState]:
     Raises:
       UserError: there were checkpoints, and all are damaged.
     """
+    for step in steps_with_damaged_metrics(setup.workdir):
+        feedback.say(f"the metrics of checkpoint {step} are damaged; it is now in {set_aside(setup.workdir, step)}")
     found = saved_steps(setup.workdir)
     for step in reversed(found):
         with Checkpoints(setup.workdir, setup.config, read_only=True) as checkpoints:
             try:
                 return step, checkpoints.restore(step, setup.target)
             except DamagedCheckpoint as error:
-                fault = error
+                fault = str(error)  # the error itself would keep the arrays
         place = set_aside(setup.workdir, step)
         feedback.say(f"{fault}; it is now in {place}, and the one before it is used")
     if found:
@@ -105,6 +113,9 @@ class Run:
     def __enter__(self) -> "Run":
         self._checkpoints = Checkpoints(self._setup.workdir, self._setup.config)
         self._writer = feedback.MetricWriter(self._setup.workdir, self._start)
+        self._account.lap("start")
+        self._account.save()
+        self._watchdog.beat()
         return self
 
     def __exit__(self, *exception) -> None:
@@ -143,6 +154,8 @@ class Run:
                 saves = done % config.train.checkpoint_every == 0 or last or stopping
                 fault = self._skips.check(done, metrics, everything=logs or saves)
                 meter.step(done, config.streams[stream].batch_size, first)
+                if first:
+                    self._account.save()
                 self._watchdog.beat()
                 progress.advance(done)
                 if logs:
@@ -153,18 +166,27 @@ class Run:
                     progress.report(done, report)
                 if fault:
                     state = self._skips.go_back(fault, done, state, self._checkpoints)
+                    meter.lap("restart")
+                interrupted = stopping and not last
+                if interrupted:  # before an evaluation, for which there may be no time
+                    self._save(state, {})
                 results: dict[str, float] = {}
                 if due := setup.evaluation.due(done, last):
                     current = model.with_params(state.ema if config.train.ema_decay else state.params, done)
                     results = evaluated = setup.evaluation.run(due, current, setup.workdir / "pictures")
                     self._writer.write(done, results)
                     meter.lap("evaluation")
-                if saves:
-                    self._checkpoints.save(state, setup.tokenizer.to_json(), setup.fingerprints, results)
-                    meter.lap("checkpoint")
-                if stopping:
+                if interrupted:
                     return done, evaluated
+                if saves:
+                    self._save(state, results)
         return setup.steps, evaluated
+
+    def _save(self, state: TrainState, results: Mapping[str, float]) -> None:
+        setup = self._setup
+        self._checkpoints.save(state, setup.tokenizer.to_json(), setup.fingerprints, results)
+        self._meter.lap("checkpoint")
+        self._watchdog.beat()
 
 
 def _on_devices(setup: Setup, start: int, broken: BrokenRecords) -> Iterator[tuple[str, dict[str, jax.Array]]]:

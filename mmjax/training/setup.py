@@ -215,12 +215,12 @@ def _schedule(config: ConfigDict, opened: Mapping[str, Mapping[str, sources.Sour
 
 
 def _check_space(workdir: Path, state: TrainState) -> None:
-    """Two checkpoints have to fit: the last good one stays until the next one is whole."""
-    if jax.process_index() != 0:
+    """Two checkpoints of a new run have to fit: the last good one stays until the next one is whole."""
+    if saved_steps(workdir):
         return
     needed = 2 * space(state)
     free = shutil.disk_usage(workdir).free
-    if needed > free:
+    if distributed.any_process(jax.process_index() == 0 and needed > free):
         raise UserError(
             f"no space in the workdir {workdir}: {free / 1e9:.2f} GB free, two checkpoints need {needed / 1e9:.2f} GB"
         )

@@ -14,7 +14,7 @@ from mmjax.data.pipeline import records_of_step
 from mmjax.errors import UserError
 from mmjax.files import write_atomically
 from mmjax.training import feedback
-from mmjax.training.checkpoint import Checkpoints, saved_steps
+from mmjax.training.checkpoint import Checkpoints, DamagedCheckpoint, saved_steps
 from mmjax.training.setup import Setup
 from mmjax.training.state import TrainState
 
@@ -71,11 +71,16 @@ class SkipWatch:
                 "config.health.rollbacks, or start anew with a lower config.optimizer.learning_rate"
             )
         checkpoints.wait()
-        earlier = [step for step in saved_steps(self._setup.workdir) if step <= fault.last - fault.count]
-        if not earlier:
-            raise UserError(f"{what}; there is no checkpoint from before them to go back to")
-        feedback.say(f"{what}; going on from the parameters of step {earlier[-1]} with the data after step {done}")
-        restored = checkpoints.restore(earlier[-1], self._setup.target)
+        restored = None
+        for step in reversed(saved_steps(self._setup.workdir)):
+            if step <= fault.last - fault.count and restored is None:
+                try:
+                    restored = checkpoints.restore(step, self._setup.target)
+                    feedback.say(f"{what}; going on from the parameters of step {step} with the data after step {done}")
+                except DamagedCheckpoint as error:
+                    feedback.say(str(error))
+        if restored is None:
+            raise UserError(f"{what}; there is no intact checkpoint from before them to go back to")
 
         def placed(value: Array | int, like: Array) -> Array:
             return jax.device_put(jnp.asarray(value, jnp.int32), like.sharding)

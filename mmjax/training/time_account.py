@@ -24,7 +24,7 @@ class TimeAccount:
 
     def __init__(self, workdir: Path, start: int):
         """Goes on with what earlier sessions left there; `start` is the step at which this one begins."""
-        self._path, self._begun_at = workdir / FILE, start
+        self._path = workdir / FILE
         try:
             saved = json.loads(self._path.read_text())
             self._seconds = {kind: float(saved["seconds"][kind]) for kind in KINDS}
@@ -46,9 +46,9 @@ class TimeAccount:
         """
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
-        if step is not None:
-            self._step = step
-        repeated = self._begun_at < self._step <= self._repeat_until and kind in ("steps", "data_wait")
+        under_way = self._step + 1 if step is None else step
+        self._step = self._step if step is None else step
+        repeated = under_way <= self._repeat_until and kind in ("steps", "data_wait")
         again = repeated or (self._resumed and kind in ("start", "compile"))
         self._seconds["restart" if again else kind] += seconds
         return seconds

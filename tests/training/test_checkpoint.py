@@ -247,3 +247,16 @@ def test_a_checkpoint_of_another_model_is_not_taken_for_a_damaged_one(finished, 
     with pytest.raises(UserError, match=r"is of another model, .*params.* differ in image_projection/kernel"):
         loop.train(config, workdir)
     assert saved_steps(workdir) == [2, 4, 6]
+
+
+def test_damaged_metrics_of_an_old_checkpoint_do_not_stop_a_run(finished, tmp_path, capsys):
+    workdir = interrupted(finished, tmp_path)
+    config = finished[0].copy_and_resolve_references()
+    config.evaluators.test = tiny.get_config().evaluators.test
+    config.train.best_metric = "eval/test/text_to_image_R@1"
+    folder = workdir / "checkpoints" / "2" / "metrics"
+    folder.mkdir(exist_ok=True)
+    (folder / "metrics").write_text('{"eval/test/text_to_im')
+    assert loop.train(config, workdir) == 0
+    assert "metrics of checkpoint 2 are damaged" in capsys.readouterr().err
+    assert (workdir / "damaged_checkpoints" / "2").is_dir() and api.load(workdir).step == 8

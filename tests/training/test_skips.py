@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from mmjax.data import pipeline
 from mmjax.errors import UserError
 from mmjax.objectives import OBJECTIVES
 from mmjax.training import loop, setup
-from mmjax.training.checkpoint import saved_steps
+from mmjax.training.checkpoint import Checkpoints, saved_steps
 from mmjax.training.feedback import read_metrics
 from tests import tiny
 
@@ -80,9 +81,14 @@ def test_too_many_in_a_row_stop_the_run_and_the_records_are_named(tmp_path, expl
 def test_it_goes_back_to_the_checkpoint_before_them(tmp_path, explode, capsys):
     explode(5, 6, 7)
     config = config_of(max_skipped_in_a_row=2, rollbacks=2)
-    config.train.checkpoint_every = 4
+    config.train.checkpoint_every = 3
     assert loop.train(config, tmp_path) == 0
-    assert "going on from the parameters of step 4" in capsys.readouterr().err
+    assert "going on from the parameters of step 3" in capsys.readouterr().err
+    run = setup.prepare(config, tmp_path)
+    with jax.set_mesh(run.mesh), Checkpoints(tmp_path, config, read_only=True) as checkpoints:
+        state = checkpoints.restore(STEPS, run.target)
+    # Steps 1 to 3, which the checkpoint holds, and 8 to 12: step 4 was taken back.
+    assert int(state.health.accepted) == 8 and int(state.health.rollbacks) == 1
     last = read_metrics(tmp_path / "metrics.jsonl")[-1]
     assert last["step"] == STEPS and last["train/skipped_steps"] == 3 and np.isfinite(last["train/loss"])
 
@@ -99,5 +105,5 @@ def test_without_an_earlier_checkpoint_there_is_nothing_to_go_back_to(tmp_path, 
     explode(2, 3)
     config = config_of(max_skipped_in_a_row=2, rollbacks=1)
     config.train.checkpoint_every = 100
-    with pytest.raises(UserError, match="no checkpoint from before them"):
+    with pytest.raises(UserError, match="no intact checkpoint from before them"):
         loop.train(config, tmp_path)
