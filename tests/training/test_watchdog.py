@@ -75,3 +75,20 @@ def test_zero_turns_it_off(tmp_path):
     with Watchdog(tmp_path, 0, 0.0):
         time.sleep(0.1)
     assert json.dumps([*tmp_path.iterdir()]) == "[]"
+
+
+@pytest.mark.slow
+def test_sigterm_to_all_processes_of_a_run_leaves_its_loader_at_work(tmp_path, openmoji_folder):
+    """As SLURM and systemd send it: the trainer ends with a checkpoint, for which it may need another batch."""
+    process = programs.start(
+        "main", "--config=tests/tiny.py:100000", f"--workdir={tmp_path}", "--config.loader.workers=1"
+    )
+    while process.poll() is None and len(read_metrics(tmp_path / "metrics.jsonl")) < 4:
+        time.sleep(0.05)
+    (worker,) = programs.loader_processes(process)
+    os.kill(worker, signal.SIGTERM)
+    time.sleep(1)
+    assert process.poll() is None and Path(f"/proc/{worker}").exists()
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 143 and "checkpoint saved" in output, output
