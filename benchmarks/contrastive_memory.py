@@ -24,7 +24,6 @@ benchmarks/quickstart.py needs. Exit code 2: a package of it is not installed.
 """
 
 import argparse
-import importlib.util
 import math
 import os
 import sys
@@ -43,11 +42,7 @@ def main() -> int:
     """Runs the command line; returns the exit code."""
     arguments = parse_arguments()
     needed = [package for peer in arguments.peers for package in NEEDED[peer]]
-    if missing := [package for package in needed if importlib.util.find_spec(package) is None]:
-        print(
-            f"error: not installed: {', '.join(missing)}; see benchmarks/quickstart.py, or use --peers=",
-            file=sys.stderr,
-        )
+    if not report.installed(needed, "see benchmarks/quickstart.py, or use --peers="):
         return 2
     sizes = [size for size in SIZES if size <= arguments.largest]
     metrics = mmjax_bytes(sizes)
@@ -71,10 +66,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--peers", default="open_clip", help="comma-separated; empty for none")
     parser.add_argument("--json", help="also write the metrics to this file")
     arguments = parser.parse_args()
-    arguments.peers = [peer for peer in arguments.peers.split(",") if peer]
-    for peer in arguments.peers:
-        if peer != "open_clip":
-            parser.error(f'unknown peer "{peer}"; known: open_clip')
+    arguments.peers = report.chosen_peers(parser, arguments.peers, ("open_clip",))
     if arguments.largest < SIZES[0]:
         parser.error(f"--largest must be {SIZES[0]} or more")
     return arguments

@@ -14,7 +14,6 @@ What the peer needs: see benchmarks/quickstart.py. Exit code 2: a package or the
 """
 
 import argparse
-import importlib.util
 import json
 import math
 import os
@@ -38,9 +37,8 @@ def main() -> int:
     if arguments.only:
         print(json.dumps(open_clip_peer(arguments)))
         return 0
-    needed = [package for package in NEEDED["open_clip"] if importlib.util.find_spec(package) is None]
-    if needed and "open_clip" in arguments.peers:
-        print(f"error: not installed: {', '.join(needed)}; see benchmarks/quickstart.py, or --peers=", file=sys.stderr)
+    needed = NEEDED["open_clip"] if "open_clip" in arguments.peers else ()
+    if not report.installed(needed, "see benchmarks/quickstart.py, or --peers="):
         return 2
     if not (arguments.data / "flickr8k_train.tar").exists():
         print(f"error: no flickr8k_train.tar in {arguments.data}; name its folder with --data", file=sys.stderr)

@@ -39,7 +39,6 @@ Exit code 2: a peer's package is not installed.
 
 import argparse
 import contextlib
-import importlib.util
 import io
 import json
 import math
@@ -93,12 +92,8 @@ def main() -> int:
     if arguments.only:
         print(json.dumps(measure(PIPELINES[arguments.only], arguments)))
         return 0
-    needed = dict.fromkeys(package for peer in arguments.peers for package in NEEDED[peer])
-    if missing := [package for package in needed if importlib.util.find_spec(package) is None]:
-        print(
-            f"error: not installed: {', '.join(missing)}; {INSTALL}; or use --peers=",
-            file=sys.stderr,
-        )
+    needed = [package for peer in arguments.peers for package in NEEDED[peer]]
+    if not report.installed(needed, f"{INSTALL}; or use --peers="):
         return 2
     if (load := os.getloadavg()[0]) > 0.5:
         print(f"warning: load average {load:.1f}; on a busy machine the figures mislead", file=sys.stderr)
@@ -134,10 +129,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--data", help="keep the data in this folder; what an earlier run left there is used again")
     parser.add_argument("--only", choices=PIPELINES, help="measure this in this process, with --data; prints JSON")
     arguments = parser.parse_args()
-    arguments.peers = [peer for peer in arguments.peers.split(",") if peer]
-    for peer in arguments.peers:
-        if peer not in NEEDED:
-            parser.error(f'unknown peer "{peer}"; known: {", ".join(NEEDED)}')
+    arguments.peers = report.chosen_peers(parser, arguments.peers, NEEDED)
     if arguments.repeats < 1 or arguments.seconds <= 0:
         parser.error("--repeats must be 1 or more, --seconds above 0")
     if arguments.only and not arguments.data:

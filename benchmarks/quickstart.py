@@ -28,7 +28,6 @@ Exit code 2: a peer's package is not installed.
 """
 
 import argparse
-import importlib.util
 import json
 import math
 import os
@@ -66,11 +65,7 @@ def main() -> int:
         print(json.dumps(PEERS[arguments.only](arguments)))
         return 0
     needed = [package for peer in arguments.peers for package in NEEDED[peer]]
-    if missing := [package for package in needed if importlib.util.find_spec(package) is None]:
-        print(
-            f"error: not installed: {', '.join(missing)}; see benchmarks/quickstart.py, or use --peers=",
-            file=sys.stderr,
-        )
+    if not report.installed(needed, "see benchmarks/quickstart.py, or use --peers="):
         return 2
     if (load := os.getloadavg()[0]) > 0.5:
         print(f"warning: load average {load:.1f}; on a busy machine the seconds mislead", file=sys.stderr)
@@ -101,10 +96,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--only", choices=PEERS, help="run this peer alone, in this process; prints one JSON line")
     parser.add_argument("--seed", type=int, default=0, help="of --only")
     arguments = parser.parse_args()
-    arguments.peers = [peer for peer in arguments.peers.split(",") if peer]
-    for peer in arguments.peers:
-        if peer not in PEERS:
-            parser.error(f'unknown peer "{peer}"; known: {", ".join(PEERS)}')
+    arguments.peers = report.chosen_peers(parser, arguments.peers, PEERS)
     if arguments.repeats < 1 or (arguments.steps is not None and arguments.steps < 2):
         parser.error("--repeats must be 1 or more, --steps 2 or more")
     return arguments

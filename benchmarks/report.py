@@ -3,11 +3,14 @@
 A metric is named `system/what_unit` or `task/system_over_peer`; its value is one number.
 """
 
+import argparse
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
-from collections.abc import Mapping
+import sys
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 from rich.console import Console
@@ -24,6 +27,23 @@ PACKAGES = {
     "open_clip": "open_clip_torch",
     "tensorflow": "tensorflow",
 }
+
+
+def chosen_peers(parser: argparse.ArgumentParser, text: str, known: Collection[str]) -> list[str]:
+    """The names in a comma-separated list; an unknown one ends the program as other wrong arguments do."""
+    names = [name for name in text.split(",") if name]
+    for name in names:
+        if name not in known:
+            parser.error(f'unknown peer "{name}"; known: {", ".join(known)}')
+    return names
+
+
+def installed(packages: Iterable[str], remedy: str) -> bool:
+    """Whether all packages are there; if not, says which are missing, and the remedy."""
+    missing = [package for package in dict.fromkeys(packages) if importlib.util.find_spec(package) is None]
+    if missing:
+        print(f"error: not installed: {', '.join(missing)}; {remedy}", file=sys.stderr)
+    return not missing
 
 
 def print_table(metrics: Mapping[str, float], title: str | None = None) -> None:

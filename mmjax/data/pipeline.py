@@ -345,33 +345,31 @@ def _stream_seed(config: ConfigDict, number: int) -> int:
     return config.seed + 1_000_003 * number
 
 
-def records_of_step(config: ConfigDict, sources: Mapping[str, Mapping[str, Source]], step: int, steps: int) -> dict:
+def records_of_step(config: ConfigDict, sources: Mapping[str, Mapping[str, Source]], step: int) -> dict:
     """Which records the global batch of a step was to hold: what can be looked at when the step went wrong.
 
     Args:
       config: the whole config.
       sources: stream -> its opened sources.
       step: counted from 1, as metrics and checkpoints do: the step after which so many are done.
-      steps: the end of the run.
 
     Returns:
       `step`, `stream`, `batch` (its number in the stream) and `records`, a list of `row`, `source` (its name in the
       mixture), `index` and `key`. The key of a record that cannot be read is None: another one took its place.
     """
-    schedule = stream_schedule({name: entry.weight for name, entry in config.streams.items()}, steps)
-    stream = schedule[step - 1]
-    entry, batch = config.streams[stream], schedule[: step - 1].count(stream)
-    opened = sources[stream]
-    order = _stream_places(entry, [*opened.values()], _stream_seed(config, [*config.streams].index(stream)))
+    # The schedule up to here is the beginning of the whole run's.
+    *before, stream = stream_schedule({name: entry.weight for name, entry in config.streams.items()}, step)
+    entry, batch = config.streams[stream], before.count(stream)
+    names, opened = [*sources[stream]], [*sources[stream].values()]
+    order = _stream_places(entry, opened, _stream_seed(config, [*config.streams].index(stream)))
     found = []
     for row in range(entry.batch_size):
         number, _, index = order[batch * entry.batch_size + row]
-        name, source = [*opened.items()][number]
         try:
-            key = source[index]["key"]
+            key = opened[number][index]["key"]
         except RecordError:
             key = None
-        found.append({"row": row, "source": name, "index": int(index), "key": key})
+        found.append({"row": row, "source": names[number], "index": int(index), "key": key})
     return {"step": step, "stream": stream, "batch": batch, "records": found}
 
 

@@ -60,9 +60,8 @@ def _in_a_cluster(environment: Mapping[str, str]) -> bool:
     tpu_hosts = environment.get("TPU_WORKER_HOSTNAMES", "").split(",")
     tasks = [_number(environment, name) or 1 for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")]
     in_kubernetes_job = {"KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"} <= environment.keys()
-    return (
-        len(tpu_hosts) > 1 or max(tasks) > 1 or bool(environment.get("MEGASCALE_COORDINATOR_ADDRESS"))
-    ) or in_kubernetes_job
+    several_slices = bool(environment.get("MEGASCALE_COORDINATOR_ADDRESS"))
+    return len(tpu_hosts) > 1 or max(tasks) > 1 or several_slices or in_kubernetes_job
 
 
 def any_process(value: bool) -> bool:

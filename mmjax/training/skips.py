@@ -71,16 +71,11 @@ class SkipWatch:
                 "config.health.rollbacks, or start anew with a lower config.optimizer.learning_rate"
             )
         checkpoints.wait()
-        restored = None
-        for step in reversed(saved_steps(self._setup.workdir)):
-            if step <= fault.last - fault.count and restored is None:
-                try:
-                    restored = checkpoints.restore(step, self._setup.target)
-                    feedback.say(f"{what}; going on from the parameters of step {step} with the data after step {done}")
-                except DamagedCheckpoint as error:
-                    feedback.say(str(error))
+        restored = self._restore_before(fault, checkpoints)
         if restored is None:
             raise UserError(f"{what}; there is no intact checkpoint from before them to go back to")
+        step = int(jax.device_get(restored.step))
+        feedback.say(f"{what}; going on from the parameters of step {step} with the data after step {done}")
 
         def placed(value: Array | int, like: Array) -> Array:
             return jax.device_put(jnp.asarray(value, jnp.int32), like.sharding)
@@ -92,11 +87,20 @@ class SkipWatch:
         )
         return restored.replace(step=placed(done, restored.step), health=health)
 
+    def _restore_before(self, fault: Fault, checkpoints: Checkpoints) -> TrainState | None:
+        """The newest intact checkpoint that the skipped steps are not in; None without one."""
+        for step in reversed(saved_steps(self._setup.workdir)):
+            if step <= fault.last - fault.count:
+                try:
+                    return checkpoints.restore(step, self._setup.target)
+                except DamagedCheckpoint as error:
+                    feedback.say(str(error))
+        return None
+
     def _write_records(self, fault: Fault) -> Path:
         setup, first = self._setup, fault.last - fault.count + 1
         path = setup.workdir / f"skipped_steps_{first:08d}_{fault.last:08d}.json"
         if jax.process_index() == 0:
-            steps = range(max(1, first), fault.last + 1)
-            found = [records_of_step(setup.config, setup.sources, step, setup.steps) for step in steps]
+            found = [records_of_step(setup.config, setup.sources, step) for step in range(first, fault.last + 1)]
             write_atomically(path, (json.dumps(found, indent=1) + "\n").encode())
         return path
