@@ -5,10 +5,11 @@
 #
 # NAME is a TPU VM that exists; what is checked out here is copied to each of its hosts. All
 # hosts write into --workdir, so it has to be on a file system that they share. Processes that hang or lose another one
-# start again. Run it again after a preemption: the run goes on from its last checkpoint.
+# start again. The run goes on when this connection ends; the same command shows its output again (~/run/log on each
+# host), and after a preemption goes on from the last checkpoint. To stop: `kill -TERM "$(cat run/pid)"` on each host.
 set -euo pipefail
 if [ $# -lt 3 ]; then
-  sed -n '2,8s/^# \{0,1\}//p' "$0" >&2
+  sed -n '2,9s/^# \{0,1\}//p' "$0" >&2
   exit 2
 fi
 name=$1 zone=$2
@@ -23,7 +24,8 @@ gcloud compute tpus tpu-vm scp "$archive" "$name:mmjax.tar.gz" --zone="$zone" --
 arguments=$(printf '%q ' "$@")
 gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker=all --command="
   set -e
+  run=\$PWD/run
   mkdir -p mmjax && tar -xzf mmjax.tar.gz -C mmjax && cd mmjax
   python=\$(command -v python3.13 || command -v python3.12 || command -v python3.11 || command -v python3)
   \$python -m venv .venv && .venv/bin/pip install -q -e '.[tpu]'
-  launch/keep_running.sh .venv/bin/python -m mmjax.main $arguments"
+  launch/detached.sh \$run launch/keep_running.sh .venv/bin/python -m mmjax.main $arguments"

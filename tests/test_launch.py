@@ -26,7 +26,7 @@ def test_tpu_vm_copies_the_checkout_and_runs_on_every_host(tmp_path):
     assert result.returncode == 0, result.stderr
     calls = (tmp_path / "calls").read_text()
     assert calls.count("--worker=all") == 2 and calls.count("--zone=zone-a") == 2
-    assert "launch/keep_running.sh .venv/bin/python -m mmjax.main --config=configs/vit_b.py --workdir=/a\\ b" in calls
+    assert "launch/detached.sh $run launch/keep_running.sh .venv/bin/python -m mmjax.main --config=configs/vit_b.py --workdir=/a\\ b" in calls
 
 
 def test_tpu_vm_without_arguments_explains_itself(tmp_path):
@@ -112,3 +112,17 @@ def test_stopped_between_two_starts_it_does_not_start_again(tmp_path):
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=20)
     assert process.returncode == 143 and (tmp_path / "runs").read_text() == "run\n"
+
+
+def test_detached_outlives_what_started_it(tmp_path):
+    script = [str(ROOT / "launch" / "detached.sh"), str(tmp_path / "run")]
+    result = subprocess.run([*script, "bash", "-c", "echo made; exit 3"], capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stdout) == (3, "made\n")
+    command = ["bash", "-c", f"sleep 3; echo late; touch {tmp_path}/done"]
+    first = subprocess.Popen([*script, *command], start_new_session=True, stdout=subprocess.DEVNULL)
+    while not (tmp_path / "run" / "pid").exists():
+        time.sleep(0.05)
+    os.killpg(first.pid, signal.SIGHUP)  # what sshd does to the processes of a connection that is lost
+    assert first.wait(60) == -signal.SIGHUP
+    again = subprocess.run([*script, *command], capture_output=True, text=True, timeout=60)
+    assert "it runs already" in again.stderr and again.stdout == "late\n" and (tmp_path / "done").exists()

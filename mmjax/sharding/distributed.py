@@ -1,5 +1,6 @@
 """Processes: starting them, and moving data between their hosts and the mesh."""
 
+import json
 import os
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -69,6 +70,19 @@ def any_process(value: bool) -> bool:
     if jax.process_count() == 1:
         return value
     return bool(multihost_utils.process_allgather(np.bool_(value)).any())
+
+
+def from_first_process(value: Any) -> Any:
+    """What the first process has in place of `value`, which JSON can hold; all of them have to ask.
+
+    For what each could look up itself, but file systems may show late: what follows from it has to be the same.
+    """
+    if jax.process_count() == 1:
+        return value
+    content = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    length = int(multihost_utils.broadcast_one_to_all(np.int32(len(content))))
+    sent = np.resize(content, length)  # only the first process's counts, and has this length
+    return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(sent)).astype(np.uint8).tobytes())
 
 
 def local_rows(sharding: NamedSharding, batch_size: int) -> Int[np.ndarray, " rows"]:

@@ -46,6 +46,11 @@ def saved_steps(workdir: str | Path) -> list[int]:
     return sorted(ocp.utils.checkpoint_steps(path)) if path.is_dir() else []
 
 
+def agreed_steps(workdir: str | Path) -> list[int]:
+    """`saved_steps` as the first process sees them; all of them have to ask."""
+    return distributed.from_first_process(saved_steps(workdir))
+
+
 class Checkpoints:
     """`workdir/checkpoints/<step>/`, written in the background, each one whole or absent.
 
@@ -266,7 +271,7 @@ def _checksums(leaves: list[Array]) -> UInt32[Array, " leaves"]:
 
 
 def steps_with_damaged_metrics(workdir: str | Path) -> list[int]:
-    """The checkpoints whose evaluation, which is read to keep the best, cannot be read."""
+    """The checkpoints whose evaluation, which is read to keep the best, cannot be read by the first process."""
     damaged = []
     for step in saved_steps(workdir):
         path = Path(workdir) / FOLDER / str(step) / "metrics" / "metrics"
@@ -275,7 +280,7 @@ def steps_with_damaged_metrics(workdir: str | Path) -> list[int]:
                 json.loads(path.read_text())
         except ValueError:
             damaged.append(step)
-    return damaged
+    return distributed.from_first_process(damaged)
 
 
 def set_aside(workdir: str | Path, step: int) -> Path:

@@ -23,7 +23,7 @@ from mmjax.training.broken_records import BrokenRecords
 from mmjax.training.checkpoint import (
     Checkpoints,
     DamagedCheckpoint,
-    saved_steps,
+    agreed_steps,
     set_aside,
     steps_with_damaged_metrics,
 )
@@ -32,6 +32,7 @@ from mmjax.training.skips import SkipWatch
 from mmjax.training.state import TrainState
 from mmjax.training.time_account import TimeAccount
 from mmjax.training.watchdog import Watchdog, exit_at_once
+from mmjax.validation import validate
 
 RESULT = "result.json"  # written when a run is finished
 
@@ -47,19 +48,26 @@ def train(config: ConfigDict, workdir: Path) -> int:
         cannot be read, too many steps in a row were skipped, or there is no space for a checkpoint.
     """
     started = time.time()
-    setup = prepare(config, workdir)
-    if max(saved_steps(workdir), default=0) >= setup.steps:
-        feedback.say(f"{workdir} is finished at step {setup.steps}; delete it or name another --workdir to train anew")
-        _finish(setup, _last_evaluation(workdir), started)
-        return 0
+    validate(config, jax.device_count())
+    with Watchdog(workdir, jax.process_index(), config.health.hang_timeout_seconds) as watchdog:
+        setup = prepare(config, workdir, watchdog.beat)
+        watchdog.beat()
+        return _train(setup, watchdog, started)
+
+
+def _train(setup: Setup, watchdog: Watchdog, started: float) -> int:
+    config, workdir = setup.config, setup.workdir
     for name, entry in config.streams.items():
         for part, source in zip(entry.mixture.values() or [entry], setup.sources[name].values(), strict=True):
             embedded = " (the data set that mmjax comes with)" if part.source.startswith("openmoji") else ""
             feedback.say(f"stream {name}: {len(source):,} records of {part.source}{embedded}")
-    watchdog = Watchdog(workdir, jax.process_index(), config.health.hang_timeout_seconds)
-    with jax.set_mesh(setup.mesh), StopRequest() as stop, watchdog:
+    with jax.set_mesh(setup.mesh), StopRequest() as stop:
         start, state = _initial_state(setup)
-        if not start and jax.process_index() == 0:
+        if start >= setup.steps:
+            feedback.say(f"{workdir} is finished at step {start}; delete it or name another --workdir to train anew")
+            _finish(setup, _last_evaluation(workdir), started)
+            return 0
+        if jax.process_index() == 0:
             (workdir / RESULT).unlink(missing_ok=True)
         feedback.say(
             f"{'resuming at' if start else 'training: step'} {start} of {setup.steps}, "
@@ -85,7 +93,7 @@ def _initial_state(setup: Setup) -> tuple[int, TrainState]:
     """
     for step in steps_with_damaged_metrics(setup.workdir):
         feedback.say(f"the metrics of checkpoint {step} are damaged; it is now in {set_aside(setup.workdir, step)}")
-    found = saved_steps(setup.workdir)
+    found = agreed_steps(setup.workdir)
     for step in reversed(found):
         with Checkpoints(setup.workdir, setup.config, read_only=True) as checkpoints:
             try:
@@ -152,7 +160,7 @@ class Run:
                 stopping = self._stop.agreed(done)
                 logs = done % config.train.log_every == 0 or last or stopping
                 saves = done % config.train.checkpoint_every == 0 or last or stopping
-                fault = self._skips.check(done, metrics, everything=logs or saves)
+                fault = self._skips.check(done, metrics, everything=saves)
                 meter.step(done, config.streams[stream].batch_size, first)
                 if first:
                     self._account.save()

@@ -45,10 +45,11 @@ def learning_rate_schedule(optimizer: ConfigDict, total_steps: int, warmup_steps
     return optax.join_schedules([warmup, decays[optimizer.schedule]], [warmup_steps])
 
 
-def make_optimizer(
-    optimizer: ConfigDict, schedule: Callable[[Array], Array], params: PyTree
-) -> optax.GradientTransformation:
-    """The gradient transformation of `config.optimizer` for these parameters (or their shapes).
+def make_optimizer(optimizer: ConfigDict, params: PyTree) -> optax.GradientTransformation:
+    """The gradient transformation of `config.optimizer` for these parameters (or their shapes), but for the learning
+    rate: what it returns is to be multiplied by that of the step and subtracted.
+
+    Skipped steps change no state of the optimizer, so its own count of updates would fall behind the schedule.
 
     The first of `optimizer.rules` whose pattern is found in a parameter's path gives its multipliers;
     a learning-rate multiplier of None freezes it: no update and no optimizer state.
@@ -71,7 +72,6 @@ def make_optimizer(
         optax.clip_by_global_norm(optimizer.grad_clip_norm) if optimizer.grad_clip_norm else optax.identity(),
         _update_rule(optimizer),
         optax.GradientTransformation(lambda params: optax.EmptyState(), decay_and_scale),
-        optax.scale_by_learning_rate(schedule),
     )
     if all(rate is not None for rate, _ in multipliers.values()):
         return trained

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,11 +24,10 @@ from mmjax.sharding import distributed
 from mmjax.sharding.mesh import make_mesh
 from mmjax.sharding.rules import batch_sharding
 from mmjax.training import feedback
-from mmjax.training.checkpoint import Checkpoints, DamagedCheckpoint, saved_steps, space
+from mmjax.training.checkpoint import Checkpoints, DamagedCheckpoint, agreed_steps, space
 from mmjax.training.optimizer import in_steps, learning_rate_schedule, make_optimizer
 from mmjax.training.state import TrainState, make_state, state_shardings, with_shardings
 from mmjax.training.step import make_train_step
-from mmjax.validation import validate
 
 
 @dataclass(frozen=True)
@@ -50,31 +49,40 @@ class Setup:
     evaluation: Evaluation
 
 
-def prepare(config: ConfigDict, workdir: Path) -> Setup:
-    """Checks the config, opens the data, claims the workdir, and makes the compiled functions.
+def prepare(config: ConfigDict, workdir: Path, beat: Callable[[], None] = lambda: None) -> Setup:
+    """Opens the data of a config that `validate` has checked, claims the workdir, and makes the compiled functions.
+
+    `beat` is called while data are prepared.
 
     Raises:
       UserError: the config, the data or the workdir will not do.
     """
-    validate(config, jax.device_count())
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    _claim(workdir, config)
-    opened = {name: _open_stream(name, entry) for name, entry in config.streams.items()}
+    saved = agreed_steps(workdir)
+    _claim(workdir, config, bool(saved))
+
+    def progress(items: Iterable, total: int, title: str) -> Iterator:
+        for item in feedback.data_progress(items, total, title):
+            beat()
+            yield item
+
+    opened = {name: _open_stream(name, entry, progress) for name, entry in config.streams.items()}
     fingerprints = {
         name: {part: source.fingerprint for part, source in parts.items()} for name, parts in opened.items()
     }
-    _check_data(config, workdir, fingerprints)
+    _check_data(config, workdir, saved, fingerprints)
     evaluation = Evaluation(config.evaluators)
-    tokenizer = _tokenizer(config, workdir, opened)
+    tokenizer = _tokenizer(config, workdir, bool(saved), opened, progress)
     _check_processes(fingerprints, tokenizer)
     steps, schedule = _schedule(config, opened)
     module = api.make_module(config)
     with jax.set_mesh(mesh):
         init = partial(api.init_params, config, module)
-        optimizer = make_optimizer(config.optimizer, schedule, jax.eval_shape(init))
+        optimizer = make_optimizer(config.optimizer, jax.eval_shape(init))
         make = partial(make_state, init, optimizer, config.train.ema_decay > 0)
         shapes = jax.eval_shape(make)
-    _check_space(workdir, shapes)
+    if not saved:
+        _check_space(workdir, shapes)
     shardings = state_shardings(shapes, mesh)
     train_step = jax.jit(
         make_train_step(config, module, optimizer, schedule),
@@ -100,10 +108,10 @@ def prepare(config: ConfigDict, workdir: Path) -> Setup:
     )
 
 
-def _claim(workdir: Path, config: ConfigDict) -> None:
+def _claim(workdir: Path, config: ConfigDict, resumed: bool) -> None:
     """Makes the folder and writes the config into it, or checks that it holds a run of this config."""
     path, new = workdir / "config.json", configs.to_plain(config)
-    if path.exists() and saved_steps(workdir):
+    if resumed and path.exists():
         saved = configs.to_plain(api.load_config(workdir))
         differing = configs.differing_keys(saved, new)
         if differing:
@@ -119,9 +127,9 @@ def _claim(workdir: Path, config: ConfigDict) -> None:
             raise UserError(f"cannot write into the workdir {workdir}: {error.strerror}") from error
 
 
-def _open_stream(name: str, entry: ConfigDict) -> dict[str, sources.Source]:
+def _open_stream(name: str, entry: ConfigDict, progress: Callable) -> dict[str, sources.Source]:
     try:
-        opened = sources.open_stream(entry, feedback.data_progress)
+        opened = sources.open_stream(entry, progress)
         for source in opened.values():
             pipeline.check_readable(source, tuple(entry.preprocess.captions))
         return opened
@@ -129,9 +137,11 @@ def _open_stream(name: str, entry: ConfigDict) -> dict[str, sources.Source]:
         raise UserError(f"config.streams.{name}: {error}") from error
 
 
-def _check_data(config: ConfigDict, workdir: Path, fingerprints: Mapping[str, Mapping[str, str]]) -> None:
+def _check_data(
+    config: ConfigDict, workdir: Path, steps: list[int], fingerprints: Mapping[str, Mapping[str, str]]
+) -> None:
     """Raises UserError where the data are not those that the run was started with."""
-    saved = _saved_fingerprints(config, workdir)
+    saved = _saved_fingerprints(config, workdir, steps)
     if not saved:
         return
     for name, parts in fingerprints.items():
@@ -144,9 +154,9 @@ def _check_data(config: ConfigDict, workdir: Path, fingerprints: Mapping[str, Ma
                 )
 
 
-def _saved_fingerprints(config: ConfigDict, workdir: Path) -> dict[str, dict[str, str]]:
+def _saved_fingerprints(config: ConfigDict, workdir: Path, steps: list[int]) -> dict[str, dict[str, str]]:
     """Those in the newest checkpoint that is intact; {} without one."""
-    for step in reversed(saved_steps(workdir)):
+    for step in reversed(steps):
         with Checkpoints(workdir, config, read_only=True) as checkpoints:
             try:
                 return checkpoints.restore_fingerprints(step)
@@ -166,7 +176,13 @@ def _check_processes(fingerprints: Mapping[str, Mapping[str, str]], tokenizer: t
         raise UserError(f"process {different[0]} sees other data, or another tokenizer, than process 0")
 
 
-def _tokenizer(config: ConfigDict, workdir: Path, opened: Mapping[str, Mapping[str, sources.Source]]) -> text.Tokenizer:
+def _tokenizer(
+    config: ConfigDict,
+    workdir: Path,
+    resumed: bool,
+    opened: Mapping[str, Mapping[str, sources.Source]],
+    progress: Callable,
+) -> text.Tokenizer:
     """The tokenizer of the config, or the one that the first stream's source comes with, or one learned from it.
 
     It is copied into the workdir.
@@ -177,10 +193,10 @@ def _tokenizer(config: ConfigDict, workdir: Path, opened: Mapping[str, Mapping[s
     encoder, (name, entry) = config.model.encoders.text, next(iter(config.streams.items()))
     groups = tuple(entry.preprocess.captions)
     path = encoder.tokenizer or sources.tokenizer_path(entry.source, groups)
-    if not path and saved_steps(workdir):
+    if not path and resumed:
         path = workdir / "tokenizer.json"  # what was learned at the start
     if not path:
-        path = vocabulary.learn(opened[name], groups, encoder.vocab_size, feedback.data_progress)
+        path = vocabulary.learn(opened[name], groups, encoder.vocab_size, progress)
     tokenizer = text.load(path)
     if encoder.mask_padding and tokenizer.pad_id != encoder.pad_id:
         raise UserError(
@@ -195,7 +211,7 @@ def _tokenizer(config: ConfigDict, workdir: Path, opened: Mapping[str, Mapping[s
         copy, content = workdir / "tokenizer.mmjax.json", json.dumps(tokenizer.to_json()).encode()
     else:
         copy, content = workdir / f"tokenizer{Path(path).suffix}", Path(path).read_bytes()
-    if saved_steps(workdir) and copy.exists() and copy.read_bytes() != content:
+    if resumed and copy.exists() and copy.read_bytes() != content:
         raise UserError(f"{path} is not the tokenizer that the run in {workdir} was started with: {copy}")
     if jax.process_index() == 0:
         write_atomically(copy, content)
@@ -216,8 +232,6 @@ def _schedule(config: ConfigDict, opened: Mapping[str, Mapping[str, sources.Sour
 
 def _check_space(workdir: Path, state: TrainState) -> None:
     """Two checkpoints of a new run have to fit: the last good one stays until the next one is whole."""
-    if saved_steps(workdir):
-        return
     needed = 2 * space(state)
     free = shutil.disk_usage(workdir).free
     if distributed.any_process(jax.process_index() == 0 and needed > free):

@@ -14,7 +14,7 @@ from mmjax.data.pipeline import records_of_step
 from mmjax.errors import UserError
 from mmjax.files import write_atomically
 from mmjax.training import feedback
-from mmjax.training.checkpoint import Checkpoints, DamagedCheckpoint, saved_steps
+from mmjax.training.checkpoint import Checkpoints, DamagedCheckpoint, agreed_steps
 from mmjax.training.setup import Setup
 from mmjax.training.state import TrainState
 
@@ -56,6 +56,8 @@ class SkipWatch:
     def go_back(self, fault: Fault, done: int, state: TrainState, checkpoints: Checkpoints) -> TrainState:
         """The state of the last checkpoint before the skipped steps, with which the run goes on after step `done`.
 
+        `state` is deleted.
+
         Raises:
           UserError: `health.rollbacks` allows it no more, or there is no such checkpoint.
         """
@@ -64,13 +66,15 @@ class SkipWatch:
             f"loss or gradient was not finite, or a spike, in {fault.count} steps in a row (up to step {fault.last}); "
             f"{path} names their records"
         )
-        rolled_back = int(jax.device_get(state.health.rollbacks))
+        rolled_back, skipped = (int(value) for value in jax.device_get((state.health.rollbacks, state.health.skipped)))
         if rolled_back >= self._limits.rollbacks:
             raise UserError(
                 f"{what}; allow more with config.health.max_skipped_in_a_row, go back to a checkpoint with "
                 "config.health.rollbacks, or start anew with a lower config.optimizer.learning_rate"
             )
         checkpoints.wait()
+        for array in jax.tree.leaves(state):
+            array.delete()  # there may be no memory for both
         restored = self._restore_before(fault, checkpoints)
         if restored is None:
             raise UserError(f"{what}; there is no intact checkpoint from before them to go back to")
@@ -81,7 +85,7 @@ class SkipWatch:
             return jax.device_put(jnp.asarray(value, jnp.int32), like.sharding)
 
         health = restored.health.replace(
-            skipped=placed(state.health.skipped, restored.health.skipped),
+            skipped=placed(skipped, restored.health.skipped),
             skipped_in_a_row=placed(0, restored.health.skipped_in_a_row),
             rollbacks=placed(rolled_back + 1, restored.health.rollbacks),
         )
@@ -89,7 +93,7 @@ class SkipWatch:
 
     def _restore_before(self, fault: Fault, checkpoints: Checkpoints) -> TrainState | None:
         """The newest intact checkpoint that the skipped steps are not in; None without one."""
-        for step in reversed(saved_steps(self._setup.workdir)):
+        for step in reversed(agreed_steps(self._setup.workdir)):
             if step <= fault.last - fault.count:
                 try:
                     return checkpoints.restore(step, self._setup.target)

@@ -33,9 +33,10 @@ def make_train_step(
         batch = {**batch, "rng": jax.random.split(row_rng, len(next(iter(batch.values()))))}
         grads, metrics = gradient(state.params, batch, rng, names)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        rate = schedule(state.step)
+        params = jax.tree.map(lambda old, update: old - rate * update, state.params, updates)
         grad_norm = optax.tree.norm(grads)
-        metrics |= {"train/grad_norm": grad_norm, "train/learning_rate": schedule(state.step)}
+        metrics |= {"train/grad_norm": grad_norm, "train/learning_rate": rate}
         ema = state.ema
         if ema_decay:
             # A young average follows faster, or it would remember its random start.

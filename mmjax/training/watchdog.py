@@ -49,8 +49,9 @@ class Watchdog:
         # Writing may hang too, where the file system is what does not answer.
         threading.Timer(30.0, os._exit, (EXIT_HUNG,)).start()
         try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
             with self._path.open("a") as file:
-                file.write(f"{datetime.now().isoformat(timespec='seconds')}: no step for {silence:.0f} s\n")
+                file.write(f"{datetime.now().isoformat(timespec='seconds')}: nothing for {silence:.0f} s\n")
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)
             where = f"; where it hangs: {self._path}"

@@ -4,6 +4,8 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 import time
 
 import jax
@@ -147,3 +149,27 @@ def test_a_checkpoint_that_is_damaged_for_one_process_is_set_aside_by_both(two, 
     outputs = finish(start_two(*ARGUMENTS, f"--workdir={workdir}"), 0)
     assert "resuming at 3" in outputs[0] and (workdir / "damaged_checkpoints" / "6").is_dir(), outputs[0]
     jax.tree.map(np.testing.assert_array_equal, api.load(workdir).params, api.load(two[0]).params)
+
+
+def test_all_processes_go_by_what_the_first_one_sees():
+    program = (
+        "import sys, jax; from mmjax import config; from mmjax.sharding import distributed\n"
+        "distributed.initialize(config.default().distributed)\n"
+        "seen = [[1, 20, 300], []][jax.process_index()]\n"
+        "print(distributed.from_first_process(seen), distributed.from_first_process(seen[::-1]))\n"
+    )
+    address = f"127.0.0.1:{free_port()}"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", program],
+            cwd=programs.ROOT,
+            env=programs.environment(
+                JAX_COORDINATOR_ADDRESS=address, JAX_NUM_PROCESSES="2", JAX_PROCESS_ID=str(number)
+            ),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for number in range(2)
+    ]
+    assert all("[1, 20, 300] [300, 20, 1]" in output for output in finish(processes, 0))

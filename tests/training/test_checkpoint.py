@@ -176,6 +176,18 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_used(finished, tmp
     jax.tree.map(np.testing.assert_array_equal, api.load(workdir).params, api.load(whole).params)
 
 
+def test_a_finished_run_whose_last_checkpoint_is_damaged_makes_it_again(finished, tmp_path, capsys):
+    config, whole = finished
+    workdir = tmp_path / "run"
+    shutil.copytree(whole, workdir)
+    flip_a_bit(workdir / "checkpoints" / "8" / "params")
+    assert loop.train(config, workdir) == 0
+    assert "resuming at 6" in capsys.readouterr().err and (workdir / "result.json").exists()
+    jax.tree.map(np.testing.assert_array_equal, api.load(workdir).params, api.load(whole).params)
+    assert loop.train(config, workdir) == 0
+    assert "is finished at step 8" in capsys.readouterr().err
+
+
 def test_with_every_checkpoint_damaged_the_run_does_not_start_anew_by_itself(finished, tmp_path):
     workdir = interrupted(finished, tmp_path)
     for step in saved_steps(workdir):

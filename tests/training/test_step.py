@@ -65,3 +65,17 @@ def test_an_objectives_weight_scales_its_loss(tmp_path, openmoji_folder):
         _, three = other.train_step(other.make_state(), batch, ("contrastive",))
     np.testing.assert_allclose(three["train/loss"], 3 * one["train/loss"], rtol=1e-5)
     np.testing.assert_allclose(three["train/contrastive_loss"], one["train/contrastive_loss"], rtol=1e-5)
+
+
+def test_the_learning_rate_is_that_of_the_step_however_many_were_skipped(tmp_path, openmoji_folder):
+    run, batch = run_one(tmp_path)
+    with jax.set_mesh(run.mesh):
+        changes = []
+        for step in (2, 6):
+            before = run.make_state()
+            start = jax.tree.map(np.asarray, before.params)
+            state, metrics = run.train_step(before.replace(step=jnp.int32(step)), batch, ("contrastive",))
+            moved = jax.tree.map(lambda old, new: np.abs(new - old).max(), start, state.params)
+            changes.append(max(jax.tree.leaves(moved)) / float(metrics["train/learning_rate"]))
+    # Adam's first update is +-1 wherever there is a gradient.
+    np.testing.assert_allclose(changes, 1, rtol=1e-2)

@@ -37,7 +37,7 @@ def test_a_run_whose_loader_is_stuck_ends_and_says_where(tmp_path, openmoji_fold
     assert process.returncode == EXIT_HUNG, output
     assert "config.health.hang_timeout_seconds" in output and str(tmp_path / "hang.0.txt") in output
     stacks = (tmp_path / "hang.0.txt").read_text()
-    assert "no step for" in stacks and "train_batches" in stacks and "MainThread" not in output
+    assert "nothing for" in stacks and "train_batches" in stacks and "MainThread" not in output
     assert not Path(f"/proc/{worker}").exists() or b"Z" in Path(f"/proc/{worker}/stat").read_bytes()
 
 
@@ -54,6 +54,20 @@ def test_the_second_ctrl_c_ends_what_the_first_one_cannot(tmp_path, openmoji_fol
     assert not Path(f"/proc/{worker}").exists() or b"Z" in Path(f"/proc/{worker}/stat").read_bytes()
 
 
+def test_a_hang_before_the_first_step_ends_too(tmp_path, openmoji_folder):
+    os.mkfifo(tmp_path / "tokenizer.json")  # nobody writes into it: whoever opens it waits
+    process = programs.start(
+        "main",
+        "--config=tests/tiny.py:4",
+        f"--workdir={tmp_path / 'run'}",
+        f"--config.model.encoders.text.tokenizer={tmp_path / 'tokenizer.json'}",
+        "--config.health.hang_timeout_seconds=3",
+    )
+    output, _ = process.communicate(timeout=100)
+    assert process.returncode == EXIT_HUNG, output
+    assert "_tokenizer" in (tmp_path / "run" / "hang.0.txt").read_text()
+
+
 def test_beats_keep_it_quiet_and_silence_does_not(tmp_path):
     program = (
         "import sys, time; from pathlib import Path; from mmjax.training.watchdog import Watchdog\n"
@@ -68,7 +82,7 @@ def test_beats_keep_it_quiet_and_silence_does_not(tmp_path):
         return subprocess.run(command, cwd=programs.ROOT, capture_output=True, text=True, timeout=50).returncode
 
     assert run(10) == 0 and not (tmp_path / "hang.3.txt").exists()
-    assert run(0) == EXIT_HUNG and "no step for 1 s" in (tmp_path / "hang.3.txt").read_text()
+    assert run(0) == EXIT_HUNG and "nothing for 1 s" in (tmp_path / "hang.3.txt").read_text()
 
 
 def test_zero_turns_it_off(tmp_path):

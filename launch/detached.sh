@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# Runs a command that goes on when the connection to this host ends, and shows its output.
+#
+#   launch/detached.sh FOLDER COMMAND ...
+#
+# FOLDER/log has the output, FOLDER/pid the process: `kill -TERM "$(cat FOLDER/pid)"` stops it. While it runs, the same
+# command starts nothing and shows the output again.
+set -uo pipefail
+if [ $# -lt 2 ]; then
+  sed -n '2,7s/^# \{0,1\}//p' "$0" >&2
+  exit 2
+fi
+folder=$1
+shift
+mkdir -p "$folder"
+if kill -0 "$(cat "$folder/pid" 2>/dev/null)" 2>/dev/null; then
+  echo "detached.sh: it runs already; its output:" >&2
+  exec tail -n 100 -f --pid="$(cat "$folder/pid")" "$folder/log"
+fi
+: >"$folder/log"
+setsid "$@" >>"$folder/log" 2>&1 </dev/null &
+echo $! >"$folder/pid"
+tail -n +1 -f --pid=$! "$folder/log"
+wait $!
+code=$?
+rm "$folder/pid"
+exit "$code"
