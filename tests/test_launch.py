@@ -26,7 +26,8 @@ def test_tpu_vm_copies_the_checkout_and_runs_on_every_host(tmp_path):
     assert result.returncode == 0, result.stderr
     calls = (tmp_path / "calls").read_text()
     assert calls.count("--worker=all") == 2 and calls.count("--zone=zone-a") == 2
-    assert "launch/detached.sh $run launch/keep_running.sh .venv/bin/python -m mmjax.main --config=configs/vit_b.py --workdir=/a\\ b" in calls
+    command = ".venv/bin/python -m mmjax.main --config=configs/vit_b.py --workdir=/a\\ b"
+    assert f"launch/detached.sh $run launch/keep_running.sh {command}" in calls
 
 
 def test_tpu_vm_without_arguments_explains_itself(tmp_path):
