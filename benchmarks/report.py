@@ -93,4 +93,6 @@ def _processor() -> str:
 def _readable(value: float) -> str:
     if isinstance(value, int):
         return f"{value:,}"
+    if 0 < abs(value) < 1e-3:
+        return f"{value:.1e}"
     return f"{value:,.1f}" if abs(value) >= 100 else f"{value:.3f}"

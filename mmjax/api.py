@@ -1,7 +1,7 @@
-"""Using a trained model: load it, encode images and texts, compare them."""
+"""Using a trained model: load it, encode images and texts, compare them, caption images."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,17 +15,20 @@ from jaxtyping import Float, PyTree
 from ml_collections import ConfigDict
 from PIL import Image
 
-from mmjax.config import from_plain
+from mmjax.config import from_plain, suggest
 from mmjax.data import image as image_ops
 from mmjax.data import text as tokenizers
 from mmjax.errors import UserError
-from mmjax.models.multimodal import MultimodalModel
+from mmjax.models.generate import Strategy, generate
+from mmjax.models.multimodal import MultimodalModel, Text
+from mmjax.objectives import parts_of
 from mmjax.sharding import distributed
 from mmjax.sharding.mesh import make_mesh
 from mmjax.sharding.rules import batch_sharding
 from mmjax.training import checkpoint
 
 Embeddings = Float[np.ndarray, "rows embed_dim"]
+LoadRows = Callable[[np.ndarray], np.ndarray]  # row numbers -> their inputs
 BATCH_SIZE = 256
 
 
@@ -38,8 +41,10 @@ def compute_dtype(config: ConfigDict) -> np.dtype:
 
 
 def make_module(config: ConfigDict) -> MultimodalModel:
-    """The Flax module of a config."""
-    return MultimodalModel(FrozenDict(config.model.to_dict()), compute_dtype(config))
+    """The Flax module of a config: the parts of the model that its objectives read."""
+    parallel = any(entry.get("parallel", 0.0) > 0 for entry in config.objectives.values())
+    settings = FrozenDict(config.model.to_dict())
+    return MultimodalModel(settings, compute_dtype(config), parts_of(config), parallel)
 
 
 class Model:
@@ -57,13 +62,29 @@ class Model:
         """`step` is that of the parameters; `on_batch` is called after each batch that is encoded."""
         self.config, self.params, self.tokenizer, self.mesh = config, params, tokenizer, mesh
         self.step, self._on_batch = step, on_batch
-        module = make_module(config)
+        self.module = module = make_module(config)
 
         def encode(params: PyTree, inputs: jax.Array, modality: str) -> jax.Array:
             return module.apply({"params": params}, modality, inputs, method="encode")["embedding"]
 
+        def match(params: PyTree, batch: dict[str, jax.Array]) -> jax.Array:
+            def tower(modality: str) -> tuple:
+                return module.apply({"params": params}, modality, batch[modality], method="tokens")
+
+            text = Text(batch["text"], *tower("text"))
+            logits = module.apply({"params": params}, text, tower("image")[0], method="match")
+            return jax.nn.softmax(logits)[:, 1]
+
+        def caption(params: PyTree, batch: dict[str, jax.Array], seed: int, strategy: Strategy) -> tuple:
+            tokens, _ = module.apply({"params": params}, "image", batch["image"], method="tokens")
+            prompt, end_id = (batch["prompt"], batch["prompt_length"]), self.tokenizer.end_id
+            rng = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), batch["row"])
+            return generate(module, params, tokens, *prompt, rng, end_id, strategy)
+
         replicated = NamedSharding(mesh, P())
         self._encode = jax.jit(encode, static_argnames="modality", out_shardings=replicated)
+        self._match = jax.jit(match, out_shardings=replicated)
+        self._caption = jax.jit(caption, static_argnames="strategy", out_shardings=replicated)
         self._logits = jax.jit(lambda params: module.apply({"params": params}, method="logits"))
 
     def with_params(self, params: PyTree, step: int) -> "Model":
@@ -78,13 +99,16 @@ class Model:
         Raises:
           UserError: a file is missing or is no image, or an array has another shape or type.
         """
+        return self.encode_rows("image", len(images), self._loader(images))
+
+    def _loader(self, images: Sequence[Any]) -> LoadRows:
         encoder = self.config.model.encoders.image
 
         def load_rows(indices: np.ndarray) -> np.ndarray:
             pixels = (_pixels(images[index]) for index in indices)
             return np.stack([image_ops.for_evaluation(each, encoder.image_size, encoder.resize) for each in pixels])
 
-        return self.encode_rows("image", len(images), load_rows)
+        return load_rows
 
     def encode_text(self, texts: Sequence[str]) -> Embeddings:
         """Encodes texts of any length and language; what exceeds the model's length is cut off."""
@@ -107,13 +131,81 @@ class Model:
         exponents = np.exp(logits - logits.max(axis=1, keepdims=True))
         return exponents / exponents.sum(axis=1, keepdims=True)
 
-    def encode_rows(
+    def match(self, images: Sequence[Any], texts: Sequence[str]) -> Float[np.ndarray, " pairs"]:
+        """The probability, by the matching head, that text i belongs to image i.
+
+        Raises:
+          UserError: the model was not trained to match; otherwise as `encode_image`.
+        """
+        if len(images) != len(texts):
+            raise UserError(f"{len(images)} images and {len(texts)} texts are no pairs")
+        ids = self.tokenizer.encode(list(texts), self.config.model.encoders.text.length)
+        return self.match_rows(len(images), self._loader(images), lambda rows: ids[rows])
+
+    def match_rows(
+        self, count: int, load_images: LoadRows, load_texts: LoadRows, batch_size: int = BATCH_SIZE
+    ) -> Float[np.ndarray, " pairs"]:
+        """`match` for `count` pairs; the loaders give pixels and token ids, as in `encode_rows`."""
+        self._needs("matching", "match images and texts")
+        parts = [np.zeros(0, np.float32)]
+        loaders = {"image": load_images, "text": load_texts}
+        return np.concatenate([*parts, *self._batches(self._match, count, loaders, batch_size)])
+
+    def caption(
+        self, images: Sequence[Any], prompts: Sequence[str] | None = None, seed: int = 0, **strategy: Any
+    ) -> list[str]:
+        """A text for each image.
+
+        Args:
+          images: as in `encode_image`.
+          prompts: what each text begins with, which is part of the result.
+          seed: of sampling.
+          strategy: fields of `mmjax.models.generate.Strategy`: `beams` and `length_penalty`, or `temperature`, `top_k`
+            and `top_p`; greedy by default.
+
+        Raises:
+          UserError: the model was not trained to caption, an option is unknown or has no effect, the prompts are not as
+            many as the images; otherwise as `encode_image`.
+        """
+        return self.caption_rows(len(images), self._loader(images), prompts, seed=seed, **strategy)
+
+    def caption_rows(
         self,
-        modality: str,
         count: int,
-        load_rows: Callable[[np.ndarray], np.ndarray],
+        load_images: LoadRows,
+        prompts: Sequence[str] | None = None,
         batch_size: int = BATCH_SIZE,
-    ) -> Embeddings:
+        seed: int = 0,
+        **strategy: Any,
+    ) -> list[str]:
+        """`caption` for `count` images; the loader gives pixels, as in `encode_rows`."""
+        self._needs("decoder", "caption images")
+        chosen = _strategy(strategy)
+        if prompts is not None and len(prompts) != count:
+            raise UserError(f"{count} images and {len(prompts)} prompts: give one for each, or none")
+        ids, lengths = self._prompts(prompts or [""] * count)
+        loaders = {"image": load_images, "prompt": lambda rows: ids[rows], "prompt_length": lambda rows: lengths[rows]}
+        loaders["row"] = lambda rows: rows
+        run = partial(self._caption, seed=seed, strategy=chosen)
+        found = self._batches(run, count, loaders, batch_size)
+        return [self.tokenizer.decode(row) for ids, _ in found for row in ids]
+
+    def _prompts(self, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Their ids without the end token, and how many they are."""
+        tokenizer, length = self.tokenizer, self.config.model.encoders.text.length
+        if not self.config.model.decoder.start and tokenizer.start_id is None:
+            raise UserError("config.model.decoder.start is off, and the tokenizer has no start token")
+        ids = tokenizer.encode(list(prompts), length)
+        ended = ids == tokenizer.end_id
+        ended[:, 0] &= tokenizer.start_id != tokenizer.end_id
+        lengths = np.where(ended.any(axis=1), ended.argmax(axis=1), (ids != tokenizer.pad_id).sum(axis=1))
+        return ids, lengths.astype(np.int32)
+
+    def _needs(self, part: str, to: str) -> None:
+        if part not in self.module.parts:
+            raise UserError(f"this model cannot {to}: none of its objectives trains that")
+
+    def encode_rows(self, modality: str, count: int, load_rows: LoadRows, batch_size: int = BATCH_SIZE) -> Embeddings:
         """Encodes `count` rows in batches of one shape; every process gets all of the result.
 
         Args:
@@ -122,19 +214,29 @@ class Model:
           load_rows: row numbers -> the encoder's input; each process is asked for its own rows only.
           batch_size: the global batch; the last one is filled up, and what fills it is dropped.
         """
+        self._needs(modality, f"encode an input of the modality {modality}")
+
+        def run(params: PyTree, batch: dict[str, jax.Array]) -> jax.Array:
+            return self._encode(params, batch[modality], modality=modality)
+
+        parts = [np.zeros((0, self.config.model.embed_dim), np.float32)]
+        return np.concatenate([*parts, *self._batches(run, count, {modality: load_rows}, batch_size)])
+
+    def _batches(
+        self, run: Callable[..., PyTree], count: int, loaders: dict[str, LoadRows], batch_size: int
+    ) -> Iterator[PyTree[np.ndarray]]:
+        """What `run(params, batch)` returns for all rows, batch by batch."""
         devices = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
         batch_size = -(-batch_size // devices) * devices
         sharding = batch_sharding(self.mesh)
         rows = distributed.local_rows(sharding, batch_size)
-        parts = [np.zeros((0, self.config.model.embed_dim), np.float32)]
-        with jax.set_mesh(self.mesh):
-            for start in range(0, count, batch_size):
-                local = load_rows(np.minimum(start + rows, count - 1))
-                batch = distributed.to_devices({modality: local}, rows, sharding, batch_size)
-                encoded = self._encode(self.params, batch[modality], modality=modality)
-                parts.append(distributed.replicated_to_host(encoded)[: count - start])
-                self._on_batch()
-        return np.concatenate(parts)
+        for start in range(0, count, batch_size):
+            local = {name: load(np.minimum(start + rows, count - 1)) for name, load in loaders.items()}
+            with jax.set_mesh(self.mesh):
+                batch = distributed.to_devices(local, rows, sharding, batch_size)
+                result = distributed.replicated_to_host(run(self.params, batch))
+            yield jax.tree.map(lambda x, start=start: x[: count - start], result)
+            self._on_batch()
 
 
 def load(workdir: str | Path, step: int | None = None, mesh: Mesh | None = None) -> Model:
@@ -191,6 +293,20 @@ def init_params(config: ConfigDict, module: MultimodalModel) -> PyTree:
         "text": jax.numpy.ones((rows, encoders.text.length), jax.numpy.int32),
     }
     return module.init(jax.random.key(config.seed), batch)["params"]
+
+
+def _strategy(options: dict[str, Any]) -> Strategy:
+    unknown = set(options) - set(Strategy._fields)
+    if unknown:
+        raise UserError(f"unknown option {min(unknown)}; {suggest(min(unknown), Strategy._fields)}")
+    chosen = Strategy(**options)
+    if chosen.beams < 1 or chosen.temperature < 0 or chosen.top_k < 0 or not 0 < chosen.top_p <= 1:
+        raise UserError(f"{chosen}: beams is at least 1, temperature and top_k are not negative, top_p is in (0, 1]")
+    if chosen.beams > 1 and chosen.temperature:
+        raise UserError("a search with beams draws nothing: leave out beams or temperature")
+    if not chosen.temperature and (chosen.top_k or chosen.top_p < 1):
+        raise UserError("top_k and top_p say what is drawn, and temperature 0 draws nothing: set it to 1, say")
+    return chosen
 
 
 def _pixels(image: Any) -> np.ndarray:

@@ -40,8 +40,17 @@ def default() -> ConfigDict:
     return ConfigDict(
         {
             "seed": 0,
-            "model": {"encoders": {}, "embed_dim": 512, "logit_scale": 10.0, "logit_bias": -10.0},
+            "model": {
+                "encoders": {},
+                "embed_dim": 512,
+                "logit_scale": 10.0,
+                "logit_bias": -10.0,
+                "fusion": {},
+                "decoder": {},
+            },
             "objectives": {},
+            "teacher": {"source": "", "step": 0},
+            "init_from": {"workdir": "", "step": 0, "parts": ()},
             "streams": {},
             "evaluators": {},
             "optimizer": {
@@ -99,6 +108,10 @@ def _encoder(**fields) -> ConfigDict:
         "projection": True,
         "remat": "none",
         "unroll": 1,
+        "token_drop": 0.0,
+        "norm": "pre",
+        "norm_epsilon": 1e-6,
+        "activation": "gelu_tanh",
     }
     return ConfigDict(shared | fields)
 
@@ -110,7 +123,6 @@ def image_encoder(**fields) -> ConfigDict:
         "resize": "squash",
         "position": "learned",
         "pooling": "map",
-        "token_drop": 0.0,
         "mean": 0.5,
         "std": 0.5,
     }
@@ -131,6 +143,28 @@ def text_encoder(**fields) -> ConfigDict:
     return _encoder(**own | fields)
 
 
+_PART = {"width": 0, "mlp_dim": 0, "heads": 0, "remat": "none", "unroll": 1}
+
+
+def fusion(**fields) -> ConfigDict:
+    """Cross-attention from text to image, for matching and masked modelling. Sizes of 0 are those of the text tower."""
+    return ConfigDict(_PART | {"depth": 6, "reads": "text", "pooling": "mean"} | fields)
+
+
+def decoder(**fields) -> ConfigDict:
+    """A causal text decoder that reads the image, for captioning. Sizes of 0 are those of the text tower."""
+    own = {
+        "depth": 6,
+        "reads": "embedding",
+        "image": "cross",
+        "image_queries": 0,
+        "start": True,
+        "tied": False,
+        "transform": False,
+    }
+    return ConfigDict(_PART | own | fields)
+
+
 def objective(**fields) -> ConfigDict:
     """A training objective: `kind` is a name in `mmjax.objectives`; each kind has options of its own."""
     shared = {"kind": "sigmoid", "weight": 1.0} | fields
@@ -146,11 +180,14 @@ def _data(**fields) -> dict:
 def stream(**fields) -> ConfigDict:
     """A stream of training batches. Its `objectives` are names in `config.objectives`; () is all.
 
-    `mixture` holds `component`s by name, in place of a source of its own (`source=""`). `keep_decoded` keeps decoded
-    images in memory: for small data sets.
+    `mixture` holds `component`s by name, in place of a source of its own (`source=""`). `inputs` says what its batches
+    hold, and `captions_optional` that records without a caption are used too. `keep_decoded` keeps decoded images in
+    memory: for small data sets.
     """
     own = {
         "mixture": {},
+        "inputs": ("image", "text"),
+        "captions_optional": False,
         "batch_size": 256,
         "weight": 1.0,
         "objectives": (),
@@ -192,15 +229,39 @@ def retrieval(**fields) -> ConfigDict:
         "match": "image",
         "captions": (),
         "batch_size": 256,
+        "rerank": 0,
+        "contact_sheet": False,
+    }
+    return ConfigDict(_data(split="test") | own | fields)
+
+
+def captions(**fields) -> ConfigDict:
+    """Captions of held-out images beside their own; greedy where `beams` is 1."""
+    own = {
+        "kind": "captions",
+        "every": 0,
+        "captions": (),
+        "batch_size": 256,
+        "beams": 1,
+        "length_penalty": 1.0,
         "contact_sheet": False,
     }
     return ConfigDict(_data(split="test") | own | fields)
 
 
 ENCODERS = {"image": image_encoder, "text": text_encoder}
-EVALUATORS = {"retrieval": retrieval}
+PARTS = {"fusion": fusion, "decoder": decoder}
+EVALUATORS = {"retrieval": retrieval, "captions": captions}
 # The options of each kind of objective.
-OBJECTIVES = {"sigmoid": {"chunk": 0}, "softmax": {"chunk": 0}}
+OBJECTIVES = {
+    "sigmoid": {"chunk": 0},
+    "softmax": {"chunk": 0},
+    "matching": {},
+    "captioning": {"parallel": 0.0, "label_smoothing": 0.0},
+    "masked": {"probability": 0.15, "teacher_weight": 0.0},
+    "feature_distillation": {"modalities": ("image",)},
+    "similarity_distillation": {"temperature": 1.0, "chunk": 0},
+}
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -10,6 +10,7 @@ from mmjax.config import (
     ENCODERS,
     EVALUATORS,
     OBJECTIVES,
+    PARTS,
     UNITS,
     component,
     default,
@@ -21,7 +22,8 @@ from mmjax.errors import UserError
 
 SCHEDULES = ("cosine", "linear", "rsqrt", "constant")
 # What tuples hold.
-_ELEMENTS = {"captions": str, "objectives": str, "caption_weights": (int, float), "color_jitter": (int, float)}
+_NAMES = dict.fromkeys(("captions", "inputs", "modalities", "objectives", "parts"), str)
+_ELEMENTS = _NAMES | {"caption_weights": (int, float), "color_jitter": (int, float)}
 _ELEMENTS_NAMED = {key: "names" if kind is str else "numbers" for key, kind in _ELEMENTS.items()}
 OPTIMIZERS = ("adamw", "adafactor", "lion", "muon")
 
@@ -36,6 +38,7 @@ def validate(config: ConfigDict, device_count: int) -> None:
     _check_names(config)
     _check_model(config)
     _check_training(config)
+    _check_objectives(config)
     _check_mesh(config, device_count)
 
 
@@ -45,6 +48,9 @@ def _check_structure(config: ConfigDict) -> None:
         _one_of(modality, ENCODERS, f"model.encoders.{modality}")
         template.model.encoders[modality] = ENCODERS[modality]()
         _check_like(encoder, template.model.encoders[modality], f"model.encoders.{modality}")
+    for part, make in PARTS.items():
+        if config.model.get(part):
+            template.model[part] = make()
     for name, evaluator in config.evaluators.items():
         _one_of(evaluator.get("kind", "?"), EVALUATORS, f"evaluators.{name}.kind")
         template.evaluators[name] = EVALUATORS[evaluator.kind]()
@@ -81,8 +87,9 @@ def _check_names(config: ConfigDict) -> None:
     from mmjax.data.augment import RESIZES
     from mmjax.data.image import FOR_EVALUATION
     from mmjax.data.pipeline import CAPTION_CHOICES
+    from mmjax.models.decoder import IMAGE_INPUTS, READS
     from mmjax.models.pooling import POOLINGS
-    from mmjax.models.transformer import REMAT_POLICIES
+    from mmjax.models.transformer import ACTIVATIONS, NORMS, REMAT_POLICIES
 
     _one_of(config.optimizer.name, OPTIMIZERS, "optimizer.name")
     _one_of(config.optimizer.schedule, SCHEDULES, "optimizer.schedule")
@@ -94,11 +101,22 @@ def _check_names(config: ConfigDict) -> None:
     for name, encoder in config.model.encoders.items():
         _one_of(encoder.pooling, POOLINGS, f"model.encoders.{name}.pooling")
         _one_of(encoder.remat, REMAT_POLICIES, f"model.encoders.{name}.remat")
+        _one_of(encoder.norm, NORMS, f"model.encoders.{name}.norm")
+        _one_of(encoder.activation, ACTIVATIONS, f"model.encoders.{name}.activation")
         if name == "image":
             _one_of(encoder.position, ("learned", "sincos2d"), "model.encoders.image.position")
             _one_of(encoder.resize, FOR_EVALUATION, "model.encoders.image.resize")
+    for name in PARTS:
+        if part := config.model[name]:
+            _one_of(part.remat, REMAT_POLICIES, f"model.{name}.remat")
+            _one_of(part.reads, READS, f"model.{name}.reads")
+    if config.model.fusion:
+        _one_of(config.model.fusion.pooling, POOLINGS, "model.fusion.pooling")
+    if config.model.decoder:
+        _one_of(config.model.decoder.image, IMAGE_INPUTS, "model.decoder.image")
     for name, entry in config.evaluators.items():
-        _one_of(entry.match, ("image", "record"), f"evaluators.{name}.match")
+        if entry.kind == "retrieval":
+            _one_of(entry.match, ("image", "record"), f"evaluators.{name}.match")
     for name, entry in config.streams.items():
         for objective_name in entry.objectives:
             _one_of(objective_name, config.objectives, f"streams.{name}.objectives")
@@ -111,8 +129,8 @@ def _check_model(config: ConfigDict) -> None:
     from mmjax.models.multimodal import tower_size
 
     missing = {"image", "text"} - set(config.model.encoders)
-    if missing:  # every objective and evaluator that there is compares the two
-        raise UserError(f"missing key config.model.encoders.{sorted(missing)[0]}: contrastive training needs it")
+    if missing:
+        raise UserError(f"missing key config.model.encoders.{sorted(missing)[0]}: it also says how its input is read")
     _at_least(config, "model.embed_dim", 1)
     if config.model.logit_scale <= 0:
         raise UserError(f"config.model.logit_scale: {config.model.logit_scale} is not positive")
@@ -126,13 +144,13 @@ def _check_model(config: ConfigDict) -> None:
         size = tower_size(encoder)
         if min(size) < 1 or size.width % size.heads:
             raise UserError(f"config.{key}.heads: {size.heads} heads do not divide width {size.width}")
+        if not 0 <= encoder.token_drop < 1:
+            raise UserError(f"config.{key}.token_drop: {encoder.token_drop} is not in [0, 1)")
         if name == "image":
             if not patch:
                 raise UserError(f'config.{key}.variant: "{encoder.variant}" names no patch size; write it like B/16')
             if encoder.image_size < 1 or encoder.image_size % patch:
                 raise UserError(f"config.{key}.image_size: patch {patch} does not divide {encoder.image_size} pixels")
-            if not 0 <= encoder.token_drop < 1:
-                raise UserError(f"config.{key}.token_drop: {encoder.token_drop} is not in [0, 1)")
             if encoder.position == "sincos2d" and size.width % 4:
                 raise UserError(f"config.{key}.width: sincos2d positions need a multiple of 4, not {size.width}")
         elif encoder.length < 2:
@@ -142,6 +160,77 @@ def _check_model(config: ConfigDict) -> None:
                 f"config.{key}.projection: without one, width {size.width} must equal model.embed_dim "
                 f"{config.model.embed_dim}"
             )
+    for name in PARTS:
+        if config.model[name]:
+            _check_part(config, name)
+
+
+def _check_part(config: ConfigDict, name: str) -> None:
+    from mmjax.models.multimodal import part_size, tower_size
+
+    text = config.model.encoders.text
+    part, width = part_size(config.model[name].to_dict(), tower_size(text)), tower_size(text).width
+    for key, low in (("depth", 1), ("width", 1), ("heads", 1), ("mlp_dim", 1), ("unroll", 0)):
+        if part[key] < low:
+            raise UserError(f"config.model.{name}.{key}: {part[key]} is less than {low}")
+    if part["width"] % part["heads"]:
+        raise UserError(f"config.model.{name}.heads: {part['heads']} heads do not divide width {part['width']}")
+    if part["width"] != width and (name == "fusion" or part["reads"] == "text"):
+        raise UserError(
+            f"config.model.{name}.width: {part['width']} is not the text tower's {width}, whose tokens it reads"
+        )
+    if name == "fusion":
+        return
+    if part["image_queries"] < 0:
+        raise UserError(f"config.model.decoder.image_queries: {part['image_queries']} is less than 0")
+    if part["reads"] == "text" and not text.causal:
+        raise UserError("config.model.decoder.reads: the text tower's tokens see the future: set encoders.text.causal")
+    if part["tied"] and part["reads"] == "text":
+        raise UserError("config.model.decoder.tied: only an embedding of its own can be tied (reads=embedding)")
+
+
+def _check_objectives(config: ConfigDict) -> None:
+    """Everything that an objective needs is there."""
+    from mmjax.objectives import inputs_of, parts_of, parts_read, reads_teacher
+
+    for name, entry in config.objectives.items():
+        for part in PARTS:
+            if part in parts_read(entry) and not config.model[part]:
+                raise UserError(
+                    f"config.objectives.{name}: {entry.kind} needs config.model.{part}, which is empty; "
+                    f"mmjax.config.{part}() makes one"
+                )
+        for key in ("label_smoothing", "parallel", "probability", "teacher_weight"):
+            if key in entry:
+                _share(entry[key], f"objectives.{name}.{key}")
+        for modality in entry.get("modalities", ()):
+            _one_of(modality, ENCODERS, f"objectives.{name}.modalities")
+        if "temperature" in entry:
+            _positive(entry.temperature, f"objectives.{name}.temperature")
+        if entry.get("parallel") and (config.model.decoder.reads != "embedding" or not config.model.decoder.start):
+            raise UserError(f"config.objectives.{name}.parallel: it needs model.decoder with reads=embedding and start")
+    for name, entry in config.streams.items():
+        for objective_name in entry.objectives or config.objectives:
+            missing = {*inputs_of(config.objectives[objective_name])} - {*entry.inputs}
+            if missing:
+                raise UserError(
+                    f"config.streams.{name}.objectives: {objective_name} needs {sorted(missing)[0]}, not among the "
+                    "stream's inputs"
+                )
+    parts, text = parts_of(config), config.model.encoders.text
+    readers = {"masked", "matching"} & parts or (config.model.decoder and config.model.decoder.reads == "text")
+    if text.token_drop and (text.pooling == "last" or ("text" in parts and readers)):
+        raise UserError("config.model.encoders.text.token_drop: something reads the tokens by their places")
+    for name, entry in config.evaluators.items():
+        needed = {"image", "decoder"} if entry.kind == "captions" else {"image", "text"}
+        needed |= {"matching"} if entry.get("rerank") else set()
+        if missing := sorted(needed - parts):
+            raise UserError(f"config.evaluators.{name}: no objective trains what it needs: {missing[0]}")
+    source = config.teacher.source
+    if reads_teacher(config.objectives) and not source:
+        raise UserError('config.teacher.source: an objective reads a teacher; set a run\'s workdir, or "ema"')
+    if source == "ema" and not config.train.ema_decay:
+        raise UserError("config.teacher.source: ema needs config.train.ema_decay")
 
 
 def _check_training(config: ConfigDict) -> None:
@@ -175,6 +264,9 @@ def _check_training(config: ConfigDict) -> None:
     for name in config.evaluators:
         _at_least(config, f"evaluators.{name}.every", 0)
         _at_least(config, f"evaluators.{name}.batch_size", 1)
+        for key, low in (("rerank", 0), ("beams", 1)):
+            if key in config.evaluators[name]:
+                _at_least(config, f"evaluators.{name}.{key}", low)
     _share(config.loader.max_broken_fraction, "loader.max_broken_fraction")
     for name, entry in config.objectives.items():
         if "chunk" in entry:
@@ -194,6 +286,8 @@ def _check_training(config: ConfigDict) -> None:
 
 
 def _check_stream(config: ConfigDict, name: str) -> None:
+    from mmjax.data.pipeline import INPUTS
+
     entry, key = config.streams[name], f"streams.{name}"
     _at_least(config, f"{key}.batch_size", 1)
     _positive(entry.weight, f"{key}.weight")
@@ -205,6 +299,12 @@ def _check_stream(config: ConfigDict, name: str) -> None:
     for part_name, part in entry.mixture.items():
         _at_least(config, f"{key}.mixture.{part_name}.weight", 0)
         _positive(part.upsampling, f"{key}.mixture.{part_name}.upsampling")
+    for modality in entry.inputs:
+        _one_of(modality, INPUTS, f"{key}.inputs")
+    if not entry.inputs or len(set(entry.inputs)) < len(entry.inputs):
+        raise UserError(f"config.{key}.inputs: {entry.inputs} is not one or both of {', '.join(INPUTS)}, each once")
+    if entry.captions_optional and set(entry.inputs) != {*INPUTS}:
+        raise UserError(f"config.{key}.captions_optional: captions can be missing only where inputs has image and text")
     preprocess, key = entry.preprocess, f"{key}.preprocess"
     for share in ("mirror", "color_jitter_probability", "grayscale"):
         _share(preprocess[share], f"{key}.{share}")
@@ -225,6 +325,8 @@ def _check_stream(config: ConfigDict, name: str) -> None:
         raise UserError(f"config.{key}.caption_weights: one for each of captions, none negative, not all 0")
     if weights and preprocess.caption_choice != "random":
         raise UserError(f"config.{key}.caption_weights: only caption_choice random has a use for them")
+    if "text" not in entry.inputs:
+        return
     longest = config.model.encoders.text.length
     if not (preprocess.text_length == 0 or 2 <= preprocess.text_length <= longest):
         raise UserError(
@@ -234,7 +336,7 @@ def _check_stream(config: ConfigDict, name: str) -> None:
 
 
 def _check_mesh(config: ConfigDict, device_count: int) -> None:
-    from mmjax.models.multimodal import tower_size
+    from mmjax.models.multimodal import part_size, tower_size
     from mmjax.sharding.mesh import mesh_shape
 
     data, fsdp, tensor = mesh_shape((config.mesh.data, config.mesh.fsdp, config.mesh.tensor), device_count)
@@ -257,9 +359,18 @@ def _check_mesh(config: ConfigDict, device_count: int) -> None:
         split["width"] = (size.width, "fsdp", fsdp)
         if name == "text":
             split["vocab_size"] = (encoder.vocab_size, "tensor", tensor)
-        for key, (value, axis, count) in split.items():
-            if value % count:
-                raise UserError(f"config.model.encoders.{name}.{key}: {value} is not divisible by mesh.{axis} {count}")
+        _check_divides(split, f"model.encoders.{name}")
+    for name in PARTS:
+        if config.model[name]:
+            part = part_size(config.model[name].to_dict(), tower_size(config.model.encoders.text))
+            split = {"heads": (part["heads"], "tensor", tensor), "mlp_dim": (part["mlp_dim"], "tensor", tensor)}
+            _check_divides(split | {"width": (part["width"], "fsdp", fsdp)}, f"model.{name}")
+
+
+def _check_divides(split: Mapping[str, tuple[int, str, int]], key: str) -> None:
+    for name, (value, axis, count) in split.items():
+        if value % count:
+            raise UserError(f"config.{key}.{name}: {value} is not divisible by mesh.{axis} {count}")
 
 
 def _one_of(value: str, known: Mapping | ConfigDict | tuple, key: str) -> None:

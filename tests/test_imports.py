@@ -10,7 +10,7 @@ PROGRAMS = {"main", "evaluate", "prepare"}
 FORBIDDEN = {
     "sharding": {"models", "objectives", "data", "training", "evaluators", "api", "config"},
     "models": {"data", "objectives", "training", "evaluators", "api"},
-    "objectives": {"models", "data", "training", "evaluators", "api"},
+    "objectives": {"data", "training", "evaluators", "api"},
     "data": {"models", "objectives", "training", "evaluators", "api", "sharding"},
     "evaluators": {"models", "objectives", "training", "sharding"},
 }

@@ -32,6 +32,11 @@ REPLACEMENTS = 32  # so many unreadable records in a row end the run
 MAX_MESSAGE = 300  # characters told of one: keys come from the data
 PROBES = 8
 CAPTION_CHOICES = ("random", "cycle", "first", "join")
+INPUTS = ("image", "text")  # what a batch may hold of its records
+
+
+class NoCaption(RecordError):
+    """A record without a caption in the groups that are looked at."""
 
 
 @dataclass(frozen=True)
@@ -70,13 +75,18 @@ class CaptionChoice:
 
 @dataclass(frozen=True)
 class TrainExample:
-    """Turns places in a stream's sources into rows of a training batch."""
+    """Turns places in a stream's sources into rows of a training batch.
+
+    Without `augment` (None) a batch holds no images, and none is decoded; without `captions` it holds no text. With
+    `captions_optional` a record without a caption is as good as any other, and its text is all padding.
+    """
 
     sources: tuple[Source, ...]
-    augment: Augment
-    captions: CaptionChoice
-    tokenizer: Tokenizer
+    augment: Augment | None
+    captions: CaptionChoice | None
+    tokenizer: Tokenizer | None
     text_length: int
+    captions_optional: bool = False
 
     def batch(self, places: Sequence[tuple[int, int, int]], rngs: Sequence[np.random.Generator]) -> Batch:
         """The rows of a batch.
@@ -86,30 +96,53 @@ class TrainExample:
           rngs: the random numbers of each row; all choices come from them.
 
         Returns:
-          `image` uint8 [rows, size, size, 3], `text` int32 [rows, length], and `broken`: one line of text for each
-          record that could not be read.
+          `image` uint8 [rows, size, size, 3]; `text` int32 [rows, length]; with `captions_optional`, `has_text` bool
+          [rows], False where the record has no caption; and `broken`: one line of text for each record that could not
+          be read.
         """
-        size = self.augment.size
-        images = np.empty((len(places), size, size, 3), np.uint8)
+        batch: Batch = {}
+        if self.augment is not None:
+            size = self.augment.size
+            batch["image"] = np.empty((len(places), size, size, 3), np.uint8)
         captions, broken = [], []
         for row, (place, rng) in enumerate(zip(places, rngs, strict=True)):
-            images[row], caption = self._row(*place, rng, broken)
+            pixels, caption = self._row(*place, rng, broken)
+            if self.augment is not None:
+                batch["image"][row] = pixels
             captions.append(caption)
-        text = self.tokenizer.encode(captions, self.text_length)
-        return {"image": images, "text": text, "broken": np.array(broken, np.str_)}
+        if self.captions is not None:
+            batch |= self._text(captions)
+        return batch | {"broken": np.array(broken, np.str_)}
 
     def _row(self, source_number: int, epoch: int, index: int, rng: np.random.Generator, broken: list[str]):
         source = self.sources[source_number]
         for _ in range(REPLACEMENTS):
             try:
                 record = source[index]
-                caption = self.captions(record, epoch, rng)
-                return self._pixels(record, rng), caption
+                caption = None if self.captions is None else self._caption(record, epoch, rng)
+                pixels = None if self.augment is None else self._pixels(record, rng)
+                return pixels, caption
             except RecordError as error:
                 broken.append(str(error)[:MAX_MESSAGE])
                 index = int(rng.integers(len(source)))
         broken.append(f"{REPLACEMENTS} records in a row")
         return 0, ""
+
+    def _caption(self, record: dict, epoch: int, rng: np.random.Generator) -> str | None:
+        try:
+            return self.captions(record, epoch, rng)
+        except NoCaption:
+            if not self.captions_optional:
+                raise
+            return None
+
+    def _text(self, captions: Sequence[str | None]) -> Batch:
+        text = self.tokenizer.encode([caption or "" for caption in captions], self.text_length)
+        if not self.captions_optional:
+            return {"text": text}
+        has_text = np.array([caption is not None for caption in captions], bool)
+        text[~has_text] = self.tokenizer.pad_id  # an empty text would have its start and end tokens
+        return {"text": text, "has_text": has_text}
 
     def _pixels(self, record: dict, rng: np.random.Generator) -> image.Pixels:
         data = pixels_or_bytes(record)
@@ -162,18 +195,25 @@ def decode_image(record: dict) -> image.Pixels:
         raise RecordError(f"record {record['key']!r}: {error}") from None
 
 
-def check_readable(source: Source, groups: Sequence[str]) -> None:
+def check_readable(source: Source, groups: Sequence[str], inputs: Sequence[str] = INPUTS) -> None:
     """Tells before a run starts that a source's images or captions are not where they are looked for.
 
+    Args:
+      source: of a stream.
+      groups: of captions; () is all.
+      inputs: which of `INPUTS` a record has to have.
+
     Raises:
-      UserError: none of eight records, evenly spaced, has an image and a caption; it says what is wrong with the first.
+      UserError: none of eight records, evenly spaced, has them; it says what is wrong with the first.
     """
     first_error = None
     for index in np.linspace(0, len(source) - 1, PROBES).astype(int).tolist():
         try:
             record = source[index]
-            captions_of(record, groups)
-            decode_image(record)
+            if "text" in inputs:
+                captions_of(record, groups)
+            if "image" in inputs:
+                decode_image(record)
             return
         except RecordError as error:
             first_error = first_error or error
@@ -184,14 +224,14 @@ def captions_of(record: dict, groups: Sequence[str] = ()) -> list[str]:
     """All captions of a record in these groups (languages, or fields that they come from); () is all of them.
 
     Raises:
-      RecordError: the record has none.
+      NoCaption: the record has none.
     """
     found = record["captions"]
     captions = [caption for group in groups or found for caption in found.get(group, ())]
     if not captions:
         wanted = f" in {', '.join(groups)}" if groups else ""
         there = ", ".join(map(repr, found))[:200] or "none"
-        raise RecordError(f"record {record['key']!r} has no caption{wanted}; it has {there}")
+        raise NoCaption(f"record {record['key']!r} has no caption{wanted}; it has {there}")
     return captions
 
 
@@ -249,7 +289,7 @@ class _Place:
 def stream_dataset(
     entry: ConfigDict,
     opened: Mapping[str, Source],
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | None,
     encoders: ConfigDict,
     seed: int,
     rows: Sequence[int],
@@ -259,16 +299,23 @@ def stream_dataset(
     Args:
       entry: the stream's config.
       opened: its sources by name, as `mmjax.data.sources.open_stream` gives them.
-      tokenizer: for the captions.
+      tokenizer: for the captions; not used by a stream without text.
       encoders: `config.model.encoders`.
       seed: decides the order and every augmentation.
       rows: which rows of the global batch.
     """
     options = dict(entry.preprocess)
     choice = CaptionChoice(*(options.pop(f"caption{name}") for name in ("s", "_weights", "_choice")))
-    length = options.pop("text_length") or encoders.text.length
-    sources = tuple(DecodedInMemory(source) if entry.keep_decoded else source for source in opened.values())
-    example = TrainExample(sources, Augment(encoders.image.image_size, **options), choice, tokenizer, length)
+    length = options.pop("text_length")
+    augment, sources = None, tuple(opened.values())
+    if "image" in entry.inputs:
+        augment = Augment(encoders.image.image_size, **options)
+        sources = tuple(map(DecodedInMemory, sources)) if entry.keep_decoded else sources
+    if "text" in entry.inputs:
+        length = length or encoders.text.length
+        example = TrainExample(sources, augment, choice, tokenizer, length, entry.captions_optional)
+    else:
+        example = TrainExample(sources, augment, None, None, 0)
     return _Batches(_stream_places(entry, sources, seed), example, seed, entry.batch_size, rows)
 
 

@@ -41,12 +41,17 @@ LABEL_FIELDS = ("label", "cls", "class")
 class Fields:
     """Which of a source's fields make up a record; a dot goes into nested ones ("meta.caption").
 
-    An empty one is found by its usual names above.
+    An empty one is found by its usual names above; where `image` is None, no image is read.
     """
 
-    image: str = ""
+    image: str | None = ""
     captions: tuple[str, ...] = ()
     label: str = ""
+
+    @property
+    def mapped(self) -> tuple[str, ...]:
+        """All that are named."""
+        return tuple(name for name in (self.image, *self.captions, self.label) if name)
 
 
 def assemble(raw: Mapping[str, Any], fields: Fields, key: str) -> dict:
@@ -63,7 +68,7 @@ def assemble(raw: Mapping[str, Any], fields: Fields, key: str) -> dict:
       RecordError: a mapped field is missing, or a value is of another kind.
     """
     record = {"key": key, "captions": {}, "label": -1, "mirror": bool(raw.get("mirror", True))}
-    image = _find(raw, fields.image, IMAGE_FIELDS, key)
+    image = None if fields.image is None else _find(raw, fields.image, IMAGE_FIELDS, key)
     if image is not None:
         image = image.get("bytes") if isinstance(image, Mapping) else image
         image = image() if callable(image) else image

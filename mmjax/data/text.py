@@ -15,15 +15,16 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int, Int8
 
-from mmjax.data import clip_bpe, text_layout
+from mmjax.data import clip_bpe, text_layout, words
 from mmjax.data.records import MAX_CAPTION
 from mmjax.data.text_layout import END, PAD, PAD_ID, Layout
 from mmjax.errors import UserError, one_line
 
 # What `load` looks for in a folder, and the only files that a tokenizer_config.json beside them is read for.
 _NAMES = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model")
+_MASKS = ("[MASK]", "<mask>")
 
 
 class Tokenizer(Protocol):
@@ -31,6 +32,11 @@ class Tokenizer(Protocol):
 
     vocab_size: int
     pad_id: int
+    start_id: int | None  # of the first token before a text
+    end_id: int | None  # of the first token after it
+    mask_id: int | None  # of the token that stands for a hidden one
+    special_ids: tuple[int, ...]  # ascending: of all these, and of unknown and any other tokens that stand for no text
+    word_marks: Int8[np.ndarray, " vocab"]  # where words begin and end: see `mmjax.data.words`
 
     def encode(self, texts: Sequence[str], length: int) -> Int[np.ndarray, "texts length"]:
         """Token ids, int32, padded on the right with `pad_id`; long texts keep their start and end tokens.
@@ -49,13 +55,19 @@ class Tokenizer(Protocol):
 
 
 class _Rows:
-    """The common part of the tokenizers; they add the two ways between text and bare ids, and `vocab_size`."""
+    """The common part of the tokenizers; they add the two ways between text and bare ids, and what tokens there are."""
 
     vocab_size: int
 
-    def __init__(self, layout: Layout):
+    def __init__(self, layout: Layout, mask_id: int | None, others: Iterable[int]):
+        """Takes `others`, what the vocabulary itself has of special tokens, beside those of the layout."""
         self.layout = layout
         self.pad_id = layout.pad_id
+        self.start_id = layout.before[0] if layout.before else None
+        self.end_id = layout.after[0] if layout.after else None
+        self.mask_id = mask_id
+        special = {layout.pad_id, *layout.before, *layout.after, mask_id, *others} - {None}
+        self.special_ids = tuple(sorted(special))
         # The same captions come back every epoch, and in training one at a time.
         self._row = functools.lru_cache(maxsize=100_000)(self._make_row)
 
@@ -103,13 +115,30 @@ class HuggingFaceTokenizer(_Rows):
     def __init__(self, definition: str, layout: Layout | None = None):
         import tokenizers
 
-        self._definition = definition
+        parts = json.loads(definition)
+        self._definition, self._spelling = definition, words.spelling_of(parts)
         self._tokenizer = tokenizers.Tokenizer.from_str(definition)
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self._end_of_word = getattr(self._tokenizer.model, "end_of_word_suffix", None)
         self.vocab_size = max(self._tokenizer.get_vocab().values()) + 1
-        super().__init__(layout or text_layout.of_file(self._tokenizer, json.loads(definition)))
+        masks = map(self._tokenizer.token_to_id, _MASKS)
+        super().__init__(
+            layout or text_layout.of_file(self._tokenizer, parts),
+            next((index for index in masks if index is not None), None),
+            text_layout.special_ids(self._tokenizer, parts),
+        )
+
+    @functools.cached_property
+    def word_marks(self) -> Int8[np.ndarray, " vocab"]:
+        """See `Tokenizer`."""
+        from tokenizers import decoders
+
+        tokens = {index: token for token, index in self._tokenizer.get_vocab().items()}
+        decoder = decoders.ByteLevel()
+        is_byte_level = self._spelling.space == words.BYTE_SPACE
+        text_of = (lambda token: decoder.decode([token])) if is_byte_level else str
+        return words.word_marks(tokens, self._spelling, self.special_ids, self.vocab_size, text_of)
 
     def _ids(self, text: str) -> list[int]:
         ids = self._tokenizer.encode(text, add_special_tokens=False).ids
@@ -149,7 +178,16 @@ class SentencePieceTokenizer(_Rows):
             layout = Layout(max(pad, PAD_ID), after=(end + offset,) if end >= 0 else ())
         self._offset = offset
         self.vocab_size = max(self.processor.vocab_size() + offset, layout.pad_id + 1)
-        super().__init__(layout)
+        masks = (text_layout.find_piece(self.processor, piece) for piece in _MASKS)
+        mask = next((piece + offset for piece in masks if piece is not None), None)
+        super().__init__(layout, mask, (piece + offset for piece in text_layout.special_pieces(self.processor)))
+
+    @functools.cached_property
+    def word_marks(self) -> Int8[np.ndarray, " vocab"]:
+        """See `Tokenizer`."""
+        pieces = range(self.processor.vocab_size())
+        tokens = {piece + self._offset: self.processor.id_to_piece(piece) for piece in pieces}
+        return words.word_marks(tokens, words.Spelling(space=words.PIECE_SPACE), self.special_ids, self.vocab_size)
 
     def _ids(self, text: str) -> list[int]:
         return [piece + self._offset for piece in self.processor.encode(text)]

@@ -140,8 +140,8 @@ def of_sentencepiece(processor, config: dict[str, Any], path: Path) -> Layout | 
     added = {token["content"]: int(index) for index, token in config.get("added_tokens_decoder", {}).items()}
 
     def find(token: str) -> int | None:
-        index = processor.piece_to_id(token)
-        return index if processor.id_to_piece(index) == token else added.get(token)
+        index = find_piece(processor, token)
+        return added.get(token) if index is None else index
 
     pad = _token_id(find, config, "pad_token", "eos_token")
     if pad is None:
@@ -149,6 +149,31 @@ def of_sentencepiece(processor, config: dict[str, Any], path: Path) -> Layout | 
     before, after = _ends(find, config if family else {"add_eos_token": True} | config)
     clean = {"Siglip": "siglip" if config.get("do_lower_case", True) else "siglip_cased", "Siglip2": "lower"}
     return Layout(pad, before, after, clean.get(family, ""))
+
+
+def special_ids(tokenizer, parts: dict[str, Any]) -> set[int]:
+    """The tokens that a `tokenizer.json` calls special, and its unknown one.
+
+    Args:
+      tokenizer: a `tokenizers.Tokenizer`.
+      parts: the file.
+    """
+    added = {index for index, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+    unknown = parts["model"].get("unk_token")
+    unknown_id = parts["model"].get("unk_id") if unknown is None else tokenizer.token_to_id(unknown)
+    return added if unknown_id is None else added | {unknown_id}
+
+
+def special_pieces(processor) -> list[int]:
+    """The pieces of a `sentencepiece.SentencePieceProcessor` that stand for no text."""
+    kinds = (processor.is_control, processor.is_unknown, processor.is_unused)
+    return [piece for piece in range(processor.vocab_size()) if any(is_kind(piece) for is_kind in kinds)]
+
+
+def find_piece(processor, piece: str) -> int | None:
+    """The id of a piece in a `sentencepiece.SentencePieceProcessor`, None where there is none."""
+    index = processor.piece_to_id(piece)
+    return index if processor.id_to_piece(index) == piece else None
 
 
 def _read_object(path: Path) -> dict[str, Any]:

@@ -12,9 +12,10 @@ import jax
 
 from mmjax.api import Model
 from mmjax.errors import UserError
+from mmjax.evaluators.captions import Captions
 from mmjax.evaluators.retrieval import Retrieval
 
-EVALUATORS = {"retrieval": Retrieval}
+EVALUATORS = {"retrieval": Retrieval, "captions": Captions}
 
 
 class Evaluation:

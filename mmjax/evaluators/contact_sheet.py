@@ -1,4 +1,4 @@
-"""A picture of what each caption retrieves: one row a caption, the right images framed in green."""
+"""Pictures of what captions retrieve (one row a caption, the right images framed), and of captions made for images."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw, ImageFont
 from mmjax.data import image
 
 TILE, GAP, CAPTION_HEIGHT, FRAME = 112, 12, 30, 4
-RIGHT, INK, PAPER = (22, 140, 60), (32, 32, 32), (255, 255, 255)
+RIGHT, WRONG, INK, PAPER = (22, 140, 60), (176, 38, 38), (32, 32, 32), (255, 255, 255)
 
 
 def draw(
@@ -53,3 +53,26 @@ def _fit(caption: str, font: ImageFont.FreeTypeFont, width: float) -> str:
     while caption and font.getlength(caption + "...") > width:
         caption = caption[:-1]
     return caption + "..."
+
+
+def draw_captions(path: Path, images: Sequence[image.Pixels], captions: Sequence[tuple[str, bool, str]]) -> None:
+    """Draws images, each with the caption that was made for it and, where that is wrong, its own.
+
+    Args:
+      path: where; the folder is made.
+      images: TILE pixels a side.
+      captions: for each image: what was made, whether it is right, and what is right.
+    """
+    columns, width = 2, 430
+    rows = -(-len(images) // columns)
+    sheet = Image.new("RGB", (columns * width + GAP, rows * (TILE + GAP) + GAP), PAPER)
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=15)
+    for number, (pixels, (made, right, wanted)) in enumerate(zip(images, captions, strict=True)):
+        left, top = GAP + number % columns * width, GAP + number // columns * (TILE + GAP)
+        sheet.paste(Image.fromarray(pixels), (left, top))
+        room, text_left = width - TILE - 3 * GAP, left + TILE + GAP
+        pen.text((text_left, top + 34), _fit(made, font, room), RIGHT if right else WRONG, font)
+        if not right:
+            pen.text((text_left, top + 58), _fit(f"({wanted})", font, room), INK, font)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path)

@@ -1,12 +1,12 @@
 """Image-text retrieval: recall at 1, 5 and 10, median and mean rank, in both directions."""
 
 import hashlib
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from ml_collections import ConfigDict
 
 from mmjax.api import Model
@@ -130,6 +130,8 @@ class Retrieval:
         yield from _summary("text_to_image", ranks(texts, images, text_owners, image_owners))
         if not entry.gallery_split:
             yield from _summary("image_to_text", ranks(images, texts, image_owners, text_owners))
+        if entry.rerank:
+            yield from self._reranked(model, texts, images, text_owners, load_images, ids)
         if entry.contact_sheet and picture is not None:
             chosen = np.linspace(0, len(captions) - 1, min(SHEET_ROWS, len(captions))).astype(int)
             found = np.argsort(-(texts[chosen] @ images.T), axis=1, kind="stable")[:, :SHEET_COLUMNS]
@@ -139,6 +141,62 @@ class Retrieval:
                 [evaluation_images(self._gallery, contact_sheet.TILE, "squash", gallery[row])[0] for row in found],
                 [[int(index) == text_owners[row] for index in line] for row, line in zip(chosen, found, strict=True)],
             )
+
+    def _reranked(
+        self,
+        model: Model,
+        texts: Float[np.ndarray, "texts dim"],
+        images: Float[np.ndarray, "images dim"],
+        text_owners: Int[np.ndarray, " texts"],
+        load_images: Callable[[np.ndarray], np.ndarray],
+        ids: Int[np.ndarray, "texts length"],
+    ) -> Iterator[tuple[str, float]]:
+        """The metrics after the matching head has put the first `rerank` of each query into a new order."""
+        count, size = min(self._entry.rerank, len(images)), self._entry.batch_size
+
+        def match(image_rows: np.ndarray, text_rows: np.ndarray) -> np.ndarray:
+            pairs = image_rows.ravel(), text_rows.ravel()
+            found = model.match_rows(
+                len(pairs[0]), lambda rows: load_images(pairs[0][rows]), lambda rows: ids[pairs[1][rows]], size
+            )
+            return found.reshape(image_rows.shape)
+
+        first = best(texts, images, count)
+        scores = match(first, np.broadcast_to(np.arange(len(texts))[:, None], first.shape))
+        found = ranks(texts, images, text_owners, np.arange(len(images)))
+        yield from _summary("text_to_image_reranked", reranked(found, scores, first == text_owners[:, None]))
+        if not self._entry.gallery_split:
+            first = best(images, texts, min(count, len(texts)))
+            scores = match(np.broadcast_to(np.arange(len(images))[:, None], first.shape), first)
+            found = ranks(images, texts, np.arange(len(images)), text_owners)
+            right = text_owners[first] == np.arange(len(images))[:, None]
+            yield from _summary("image_to_text_reranked", reranked(found, scores, right))
+
+
+def best(
+    queries: Float[np.ndarray, "queries dim"], gallery: Float[np.ndarray, "items dim"], count: int
+) -> Int[np.ndarray, "queries count"]:
+    """The `count` most similar items of each query, best first; the whole matrix is never held."""
+    parts = []
+    for start in range(0, len(queries), CHUNK):
+        scores = queries[start : start + CHUNK] @ gallery.T
+        parts.append(np.argsort(-scores, axis=1, kind="stable")[:, :count])
+    return np.concatenate(parts)
+
+
+def reranked(
+    found: Int[np.ndarray, " queries"],
+    scores: Float[np.ndarray, "queries count"],
+    right: Bool[np.ndarray, "queries count"],
+) -> Int[np.ndarray, " queries"]:
+    """The rank of each query's first right item after its first `count` items are ordered by `scores`.
+
+    What is not among them keeps its rank, `found`; and so does what is there only because, of items that score alike,
+    some had to come first. A tie counts against the model, as in `ranks`.
+    """
+    own = np.where(right, scores, -np.inf).max(axis=1, keepdims=True)
+    among = right.any(axis=1) & (found < scores.shape[1])
+    return np.where(among, (~(scores < own) & ~right).sum(axis=1), found)
 
 
 def _summary(direction: str, found: Int[np.ndarray, " queries"]) -> Iterator[tuple[str, float]]:

@@ -1,11 +1,16 @@
 """Multi-head attention, self and cross, and the choice of its implementation."""
 
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from mmjax.sharding.rules import constrain
+
+# `key` and `value`: [batch, tokens, heads, head_dim], of all tokens that a query may see.
+Cache = Mapping[str, Array]
 
 
 class Attention(nn.Module):
@@ -13,6 +18,9 @@ class Attention(nn.Module):
 
     With `context`, keys and values come from there (cross-attention); without, from the queries'
     own tokens (self-attention). `mask` is True where a key may be attended to.
+
+    With a `cache`, the keys and values of `x` are written into it at `position`, and all of it is attended to where
+    `mask` allows; without a position, they are taken from it as they are. Then the cache is returned too.
     """
 
     heads: int
@@ -24,9 +32,10 @@ class Attention(nn.Module):
         x: Float[Array, "batch tokens embed"],
         context: Float[Array, "batch keys embed2"] | None = None,
         mask: Bool[Array, "#batch #heads #tokens keys"] | None = None,
-    ) -> Float[Array, "batch tokens embed"]:
+        cache: Cache | None = None,
+        position: Int[Array, ""] | None = None,
+    ) -> Float[Array, "batch tokens embed"] | tuple[Float[Array, "batch tokens embed"], Cache]:
         width = x.shape[-1]
-        context = x if context is None else context
 
         def project(name: str, tokens: Array) -> Float[Array, "batch tokens heads head_dim"]:
             init = nn.initializers.xavier_uniform()
@@ -34,14 +43,23 @@ class Attention(nn.Module):
             split = projected.reshape(*tokens.shape[:-1], self.heads, width // self.heads)
             return constrain(split, "batch", "sequence", "heads", None)
 
-        query, key, value = project("query", x), project("key", context), project("value", context)
+        query = project("query", x)
+        if cache and position is None:
+            key, value = cache["key"], cache["value"]
+        else:
+            source = x if context is None else context
+            key, value = project("key", source), project("value", source)
+        if cache and position is not None:
+            key = jax.lax.dynamic_update_slice_in_dim(cache["key"], key, position, axis=1)
+            value = jax.lax.dynamic_update_slice_in_dim(cache["value"], value, position, axis=1)
         chosen = implementation(query, key, mask)
         if chosen == "cudnn" and mask is not None:  # it takes no mask that is to be broadcast over the queries
             mask = jnp.broadcast_to(mask, (*mask.shape[:2], query.shape[1], key.shape[1]))
         attended = jax.nn.dot_product_attention(query, key, value, mask=mask, implementation=chosen)
         merged = constrain(attended.reshape(x.shape), "batch", "sequence", "heads")
         out = nn.Dense(width, dtype=self.dtype, kernel_init=nn.initializers.xavier_uniform(), name="out")(merged)
-        return constrain(out, "batch", "sequence", "embed")
+        out = constrain(out, "batch", "sequence", "embed")
+        return out if cache is None else (out, {"key": key, "value": value})
 
 
 def implementation(query: Array, key: Array, mask: Array | None) -> str:

@@ -1,10 +1,10 @@
 """How many floating-point operations a model needs, for the utilisation that a run reports."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from mmjax.models import variants
-from mmjax.models.multimodal import tower_size
+from mmjax.models.multimodal import part_size, tower_size
 from mmjax.models.token_drop import kept_tokens
 
 
@@ -28,9 +28,40 @@ def tower_flops(encoder: Mapping[str, Any], training: bool = False) -> int:
     return 2 * (embed + size.depth * (projections + attention) + pooling)
 
 
-def train_flops(model: Mapping[str, Any]) -> int:
-    """FLOPs of one training example: the backward pass costs twice the forward pass."""
-    return 3 * sum(tower_flops(encoder, training=True) for encoder in model["encoders"].values())
+def _tokens(encoder: Mapping[str, Any]) -> int:
+    if "image_size" in encoder:
+        return (encoder["image_size"] // variants.parse(encoder["variant"])[1]) ** 2
+    return encoder["length"]
+
+
+def part_flops(model: Mapping[str, Any], name: str) -> int:
+    """FLOPs of one text's pass through the fusion or the decoder, cross-attention and vocabulary included."""
+    encoders, text = model["encoders"], tower_size(model["encoders"]["text"])
+    part = part_size(model[name], text)
+    width, length, seen = part["width"], encoders["text"]["length"], _tokens(encoders["image"])
+    image_width = tower_size(encoders["image"]).width
+    if part.get("image") == "prefix":
+        length, seen = length + seen, 0
+    seen = part.get("image_queries") or seen
+    own = length * (4 * width**2 + 2 * width * part["mlp_dim"]) + 2 * length**2 * width
+    cross = 2 * length * width**2 + 2 * seen * image_width * width + 2 * length * seen * width if seen else 0
+    return 2 * (part["depth"] * (own + cross) + length * width * encoders["text"]["vocab_size"])
+
+
+def train_flops(model: Mapping[str, Any], parts: Collection[str]) -> int:
+    """FLOPs of one training example: the backward pass costs twice the forward pass.
+
+    `parts` are those that the objectives read. Matching sends three texts through the fusion; masked modelling one,
+    and one more through the text tower.
+    """
+    encoders = {name: tower_flops(encoder, True) for name, encoder in model["encoders"].items() if name in parts}
+    total = sum(encoders.values())
+    if "fusion" in parts:
+        passes = 3 * ("matching" in parts) + ("masked" in parts)
+        total += passes * part_flops(model, "fusion") + ("masked" in parts) * encoders.get("text", 0)
+    if "decoder" in parts:
+        total += part_flops(model, "decoder")
+    return 3 * total
 
 
 # Dense bfloat16 peak of one device, FLOP/s, from the vendors' data sheets.

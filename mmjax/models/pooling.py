@@ -5,7 +5,7 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
 from mmjax.models.attention import Attention
-from mmjax.models.transformer import Mlp, layer_norm
+from mmjax.models.transformer import PRE_NORM, Mlp, Style, layer_norm
 
 POOLINGS = ("mean", "cls", "map", "last")
 
@@ -23,6 +23,7 @@ class Pool(nn.Module):
     heads: int
     mlp_dim: int
     dtype: jnp.dtype = jnp.float32
+    style: Style = PRE_NORM
 
     @nn.compact
     def __call__(
@@ -44,5 +45,7 @@ class Pool(nn.Module):
         query = jnp.broadcast_to(probe, (batch, 1, width))
         mask = None if valid is None else valid[:, None, None, :]
         pooled = Attention(self.heads, self.dtype, name="attention")(query, context=x, mask=mask)
-        pooled = pooled + Mlp(self.mlp_dim, self.dtype, name="mlp")(layer_norm("norm", self.dtype)(pooled))
+        pooled = pooled + Mlp(self.mlp_dim, self.dtype, self.style.activation, name="mlp")(
+            layer_norm("norm", self.dtype, self.style)(pooled)
+        )
         return pooled[:, 0]

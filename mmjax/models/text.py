@@ -1,21 +1,72 @@
-"""Token ids to text tokens."""
+"""Token ids to text tokens, and tokens to a distribution over ids."""
 
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
+from mmjax.models.transformer import ACTIVATIONS, PRE_NORM, Style, layer_norm
+from mmjax.sharding.rules import constrain
+
 
 class TextEmbed(nn.Module):
-    """Token embedding plus a learned position embedding."""
+    """Token embedding plus a learned position embedding; with a post-norm Transformer they are normalised (BERT)."""
 
     vocab_size: int
     length: int
     width: int
     dtype: jnp.dtype = jnp.float32
+    style: Style = PRE_NORM
+
+    def setup(self):
+        init = nn.initializers.normal(self.width**-0.5)
+        self.token_embed = nn.Embed(self.vocab_size, self.width, dtype=self.dtype, embedding_init=init)
+        self.position = self.param("position", nn.initializers.normal(0.01), (self.length, self.width))
+        if self.style.norm == "post":
+            self.norm = layer_norm(None, self.dtype, self.style)
+
+    def __call__(
+        self, ids: Int[Array, "batch tokens"], first: Int[Array, ""] | int = 0
+    ) -> Float[Array, "batch tokens embed"]:
+        """`first` is the position of the first of these tokens."""
+        return self._finish(self.token_embed(ids) + self._positions(first, ids.shape[1]))
+
+    def blank(self, token: Float[Array, "1 embed"], length: int) -> Float[Array, "1 tokens embed"]:
+        """A sequence of one vector in place of all ids."""
+        return self._finish((token.astype(self.dtype) + self._positions(0, length))[None])
+
+    def table(self) -> Float[Array, "vocab embed"]:
+        """The embedding of every id."""
+        return self.token_embed.embedding
+
+    def _positions(self, first: Int[Array, ""] | int, count: int) -> Float[Array, "tokens embed"]:
+        places = jnp.arange(count) + first
+        return self.position.take(places, axis=0, mode="clip").astype(self.dtype)
+
+    def _finish(self, x: Array) -> Array:
+        return self.norm(x) if self.style.norm == "post" else x
+
+
+class TokenHead(nn.Module):
+    """Tokens to logits over the vocabulary, float32: with a table its product (tied weights), else a layer of its own.
+
+    `transform` puts a dense layer, an activation and a normalisation before it (BERT, Devlin et al. 2019).
+    """
+
+    vocab_size: int
+    transform: bool = False
+    dtype: jnp.dtype = jnp.float32
+    style: Style = PRE_NORM
 
     @nn.compact
-    def __call__(self, ids: Int[Array, "batch tokens"]) -> Float[Array, "batch tokens embed"]:
-        init = nn.initializers.normal(self.width**-0.5)
-        tokens = nn.Embed(self.vocab_size, self.width, dtype=self.dtype, embedding_init=init, name="token_embed")(ids)
-        position = self.param("position", nn.initializers.normal(0.01), (self.length, self.width))
-        return tokens + position[: ids.shape[1]].astype(self.dtype)
+    def __call__(
+        self, x: Float[Array, "batch tokens embed"], table: Float[Array, "vocab embed"] | None = None
+    ) -> Float[Array, "batch tokens vocab"]:
+        if self.transform:
+            x = ACTIVATIONS[self.style.activation](nn.Dense(x.shape[-1], dtype=self.dtype, name="transform")(x))
+            x = layer_norm("norm", self.dtype, self.style)(x)
+        if table is None:
+            init = nn.initializers.normal(x.shape[-1] ** -0.5)
+            table = self.param("vocab", init, (self.vocab_size, x.shape[-1]))
+        logits = jnp.einsum("btd,vd->btv", x, table.astype(x.dtype), preferred_element_type=jnp.float32)
+        logits = logits + self.param("vocab_bias", nn.initializers.zeros, (self.vocab_size,))
+        return constrain(logits, "batch", "sequence", "vocab")

@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 
 def kept_tokens(tokens: int, fraction: float) -> int:
@@ -23,8 +23,22 @@ def drop_tokens(
       fraction: of the tokens, in [0, 1); see `kept_tokens`.
       always_kept: so many of the first tokens (a class token) stay, and do not count.
     """
-    tokens = x.shape[1] - always_kept
-    noise = jax.vmap(lambda key: jax.random.uniform(key, (tokens,)))(rng)
-    kept = jnp.sort(jnp.argsort(noise, axis=1)[:, : kept_tokens(tokens, fraction)], axis=1)
-    chosen = jnp.take_along_axis(x[:, always_kept:], kept[..., None], axis=1)
-    return jnp.concatenate([x[:, :always_kept], chosen], axis=1) if always_kept else chosen
+    places = kept_places(rng, x.shape[1], fraction, always_kept)
+    return jnp.take_along_axis(x, places[..., None], axis=1)
+
+
+def kept_places(
+    rng: Key[Array, " batch"],
+    tokens: int,
+    fraction: float,
+    always_kept: int = 0,
+    valid: Bool[Array, "batch tokens"] | None = None,
+) -> Int[Array, "batch kept"]:
+    """Which of `tokens` each row keeps, ascending: see `drop_tokens`. Those that are not `valid` are dropped first."""
+    free = tokens - always_kept
+    noise = jax.vmap(lambda key: jax.random.uniform(key, (free,)))(rng)
+    if valid is not None:
+        noise += ~valid[:, always_kept:]
+    kept = always_kept + jnp.sort(jnp.argsort(noise, axis=1)[:, : kept_tokens(free, fraction)], axis=1)
+    first = jnp.broadcast_to(jnp.arange(always_kept), (len(rng), always_kept))
+    return jnp.concatenate([first, kept], axis=1)

@@ -1,9 +1,12 @@
-"""The pre-norm Transformer: MLP, block, and the scanned stack of blocks."""
+"""The Transformer: MLP, block, and the scanned stack of blocks."""
+
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from mmjax.models.attention import Attention
 from mmjax.sharding.rules import constrain
@@ -15,52 +18,104 @@ REMAT_POLICIES = {
     "minimal": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
-LAYER_NORM_EPSILON = 1e-6
+ACTIVATIONS = {
+    "gelu_tanh": nn.gelu,
+    "gelu": partial(nn.gelu, approximate=False),
+    "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),  # of CLIP's first models
+}
+NORMS = ("pre", "post")
 
 
-def layer_norm(name: str, dtype: jnp.dtype) -> nn.LayerNorm:
+class Style(NamedTuple):
+    """What families of Transformers differ in.
+
+    `norm`: "pre" normalises what goes into a layer, and once more at the end (ViT, CLIP); "post" the residual stream
+    after each layer (BERT). `epsilon` is that of the normalisations.
+    """
+
+    norm: str = "pre"
+    epsilon: float = 1e-6
+    activation: str = "gelu_tanh"
+
+
+PRE_NORM = Style()
+
+
+def layer_norm(name: str, dtype: jnp.dtype, style: Style = PRE_NORM) -> nn.LayerNorm:
     """The layer normalisation that every part of the model uses."""
-    return nn.LayerNorm(epsilon=LAYER_NORM_EPSILON, dtype=dtype, name=name)
+    return nn.LayerNorm(epsilon=style.epsilon, dtype=dtype, name=name)
 
 
 class Mlp(nn.Module):
-    """Two dense layers with a GELU (tanh approximation) between them."""
+    """Two dense layers with an activation between them."""
 
     mlp_dim: int
     dtype: jnp.dtype = jnp.float32
+    activation: str = "gelu_tanh"
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch tokens embed"]) -> Float[Array, "batch tokens embed"]:
         init = {"kernel_init": nn.initializers.xavier_uniform(), "bias_init": nn.initializers.normal(1e-6)}
         hidden = nn.Dense(self.mlp_dim, dtype=self.dtype, name="up", **init)(x)
-        hidden = nn.gelu(constrain(hidden, "batch", "sequence", "mlp"))
+        hidden = ACTIVATIONS[self.activation](constrain(hidden, "batch", "sequence", "mlp"))
         out = nn.Dense(x.shape[-1], dtype=self.dtype, name="down", **init)(hidden)
         return constrain(out, "batch", "sequence", "embed")
 
 
 class Block(nn.Module):
-    """One pre-norm block: attention, then the MLP, each added to the residual stream."""
+    """One block: self-attention, where `cross` is set attention to a context, then the MLP, each added to its input.
+
+    `cache` holds the keys and values of both attentions, `self` and `cross`; those of the context are computed once,
+    where they are missing. Returns the tokens and the cache.
+    """
 
     heads: int
     mlp_dim: int
     dtype: jnp.dtype = jnp.float32
+    cross: bool = False
+    style: Style = PRE_NORM
 
     @nn.compact
     def __call__(
         self,
         x: Float[Array, "batch tokens embed"],
-        mask: Bool[Array, "#batch #heads #tokens tokens"] | None = None,
-    ) -> Float[Array, "batch tokens embed"]:
-        normed = layer_norm("norm1", self.dtype)(x)
-        x = x + Attention(self.heads, self.dtype, name="attention")(normed, mask=mask)
-        normed = layer_norm("norm2", self.dtype)(x)
-        return x + Mlp(self.mlp_dim, self.dtype, name="mlp")(normed)
+        cache: PyTree[Array] | None = None,
+        mask: Bool[Array, "#batch #heads #tokens keys"] | None = None,
+        context: Float[Array, "batch keys2 embed2"] | None = None,
+        position: Int[Array, ""] | None = None,
+    ) -> tuple[Float[Array, "batch tokens embed"], PyTree[Array] | None]:
+        kept: dict[str, Any] = {}
+
+        def attend(name: str, tokens: Array) -> Array:
+            attention = Attention(self.heads, self.dtype, name=name)
+            if cache is None:
+                return attention(tokens, mask=mask)
+            out, kept["self"] = attention(tokens, mask=mask, cache=cache["self"], position=position)
+            return out
+
+        def attend_to_context(name: str, tokens: Array) -> Array:
+            attention = Attention(self.heads, self.dtype, name=name)
+            if cache is None:
+                return attention(tokens, context=context)
+            out, kept["cross"] = attention(tokens, context=context, cache=cache.get("cross", {}))
+            return out
+
+        layers = [("norm1", "attention", attend)]
+        if self.cross and (context is not None or (cache is not None and "cross" in cache)):
+            layers.append(("norm_cross", "cross_attention", attend_to_context))
+        layers.append(
+            ("norm2", "mlp", lambda name, y: Mlp(self.mlp_dim, self.dtype, self.style.activation, name=name)(y))
+        )
+        for norm_name, name, layer in layers:
+            norm = layer_norm(norm_name, self.dtype, self.style)
+            x = x + layer(name, norm(x)) if self.style.norm == "pre" else norm(x + layer(name, x))
+        return x, None if cache is None else kept
 
 
 class Transformer(nn.Module):
-    """A stack of blocks and a final normalisation.
+    """A stack of blocks and, with `style.norm` "pre", a final normalisation.
 
-    The blocks' parameters are stacked over a leading layer axis. `unroll` layers are laid out in
+    The blocks' parameters are stacked over a leading layer axis, and so is a `cache`. `unroll` layers are laid out in
     one iteration of the scan (0: all of them); it changes speed and compile time, not parameters.
     """
 
@@ -70,24 +125,38 @@ class Transformer(nn.Module):
     remat: str = "none"
     unroll: int = 1
     dtype: jnp.dtype = jnp.float32
+    cross: bool = False
+    style: Style = PRE_NORM
 
     @nn.compact
     def __call__(
         self,
         x: Float[Array, "batch tokens embed"],
-        mask: Bool[Array, "#batch #heads #tokens tokens"] | None = None,
-    ) -> Float[Array, "batch tokens embed"]:
-        block = Block
-        if self.remat != "none":
-            block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
-        stack = nn.scan(
-            lambda module, carry, mask: (module(carry, mask), None),
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=nn.broadcast,
-            length=self.depth,
-            unroll=self.unroll or self.depth,
-        )
-        x = constrain(x, "batch", "sequence", "embed")
-        x, _ = stack(block(self.heads, self.mlp_dim, self.dtype, name="blocks"), x, mask)
-        return layer_norm("norm", self.dtype)(x)
+        mask: Bool[Array, "#batch #heads #tokens keys"] | None = None,
+        context: Float[Array, "batch keys2 embed2"] | None = None,
+        cache: PyTree[Array] | None = None,
+        position: Int[Array, ""] | None = None,
+    ) -> Float[Array, "batch tokens embed"] | tuple[Float[Array, "batch tokens embed"], PyTree[Array]]:
+        x, kept = constrain(x, "batch", "sequence", "embed"), cache
+        if self.depth:
+            block = Block
+            if self.remat != "none":
+                block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+            stack = nn.scan(
+                lambda module, carry, cache, *shared: module(carry, cache, *shared),
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+                length=self.depth,
+                unroll=self.unroll or self.depth,
+            )
+            blocks = block(self.heads, self.mlp_dim, self.dtype, self.cross, self.style, name="blocks")
+            x, kept = stack(blocks, x, cache, mask, context, position)
+        if self.style.norm == "pre":
+            x = layer_norm("norm", self.dtype, self.style)(x)
+        return x if cache is None else (x, kept)
+
+    def empty_cache(self, batch: int, tokens: int, width: int) -> PyTree[Array]:
+        """A cache for so many tokens, with nothing in it."""
+        shape = (self.depth, batch, tokens, self.heads, width // self.heads)
+        return {"self": {name: jnp.zeros(shape, self.dtype) for name in ("key", "value")}}

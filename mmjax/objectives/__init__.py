@@ -1,15 +1,64 @@
 """Training objectives by name: `loss, metrics = objective(outputs, batch, rng, **options)`.
 
 A new one is a file here and a line below; its options and their defaults are in `mmjax.config.OBJECTIVES`.
+`outputs` is `mmjax.models.outputs.Outputs`: the towers' outputs, and the model's other parts as functions.
 `batch["rng"]` holds a key for each row: what is drawn for a row comes from there, so that it does not depend on how
-the batch is split.
+the batch is split. Rows whose `batch["has_text"]` is False have no caption; where it is missing all have one.
 
-An objective that compares rows of the batch with each other is named in `ACROSS_ROWS`, and reads only the `embedding`s
-and the logit parameters of `outputs`: it always sees the whole batch. Any other one may be run on a part of the rows:
-its loss and its metrics are means over rows, or over what its metric `count` counts in them (tokens, say).
+An objective that compares rows of the batch with each other may be `across_rows`: then it reads only the `embedding`s
+and the logit parameters of `outputs` (and of its teacher), and always sees the whole batch. Any other one may be run
+on a part of the rows: its loss and its metrics are means over rows, or over what its metric `count` counts in them
+(tokens, say).
 """
 
-from mmjax.objectives import contrastive
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
-OBJECTIVES = {"sigmoid": contrastive.sigmoid, "softmax": contrastive.softmax}
-ACROSS_ROWS = frozenset({"sigmoid", "softmax"})
+from mmjax.objectives import captioning, contrastive, distillation, masked, matching
+
+
+class Objective(NamedTuple):
+    """What computes it, which inputs the batch has to have, and which parts of the model it reads."""
+
+    run: Callable
+    inputs: tuple[str, ...]
+    parts: tuple[str, ...]
+    across_rows: bool = False
+    teacher: bool = False
+
+
+_BOTH = ("image", "text")
+OBJECTIVES = {
+    "sigmoid": Objective(contrastive.sigmoid, _BOTH, _BOTH, across_rows=True),
+    "softmax": Objective(contrastive.softmax, _BOTH, _BOTH, across_rows=True),
+    "matching": Objective(matching.matching, _BOTH, (*_BOTH, "fusion", "matching")),
+    "captioning": Objective(captioning.captioning, _BOTH, ("image", "decoder")),
+    "masked": Objective(masked.masked, ("text",), (*_BOTH, "fusion", "masked")),
+    "feature_distillation": Objective(distillation.features, (), (), teacher=True),
+    "similarity_distillation": Objective(distillation.similarity, _BOTH, _BOTH, across_rows=True, teacher=True),
+}
+
+
+def inputs_of(entry: Mapping[str, Any]) -> tuple[str, ...]:
+    """What a batch has to have for an objective, an entry of `config.objectives`."""
+    return (*OBJECTIVES[entry["kind"]].inputs, *entry.get("modalities", ()))
+
+
+def parts_read(entry: Mapping[str, Any]) -> tuple[str, ...]:
+    """The parts of the model that an objective reads, where the batch has the inputs for them."""
+    return (*OBJECTIVES[entry["kind"]].parts, *entry.get("modalities", ()))
+
+
+def parts_of(config: Mapping[str, Any]) -> frozenset[str]:
+    """The parts of the model (`mmjax.models.multimodal.PARTS`) that a config's objectives read."""
+    parts = {part for entry in config["objectives"].values() for part in parts_read(entry)}
+    inputs = {name for entry in config["streams"].values() for name in entry["inputs"]}
+    parts -= {"image"} - inputs
+    if "decoder" in parts and config["model"]["decoder"].get("reads") == "text":
+        parts.add("text")
+    return frozenset(parts)
+
+
+def reads_teacher(entries: Mapping[str, Any]) -> bool:
+    """Whether one of these objectives (entries of `config.objectives`) reads a teacher."""
+    return any(OBJECTIVES[entry["kind"]].teacher or entry.get("teacher_weight", 0.0) for entry in entries.values())

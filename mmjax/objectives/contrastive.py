@@ -16,15 +16,17 @@ def sigmoid(outputs: Outputs, batch: Mapping[str, Array], rng: Array, chunk: int
 
     Args:
       outputs: what `MultimodalModel` returns for a batch with `image` and `text`.
-      batch: not read.
+      batch: rows whose `has_text` is False (records without a caption) take no part, where it is there.
       rng: not used.
       chunk: texts that a device compares with its images at a time; 0 for a good number.
 
     Returns:
-      The sum over all pairs divided by the batch size, and the metrics.
+      The sum over all pairs divided by the number of rows, and the metrics.
     """
     image, text = outputs["image"]["embedding"], outputs["text"]["embedding"]
-    loss, accuracy = ring.sigmoid(image, text, outputs["logit_scale"], outputs["logit_bias"], chunk)
+    loss, accuracy = ring.sigmoid(
+        image, text, outputs["logit_scale"], outputs["logit_bias"], chunk, batch.get("has_text")
+    )
     return loss, _metrics(outputs, accuracy)
 
 
@@ -34,7 +36,7 @@ def softmax(outputs: Outputs, batch: Mapping[str, Array], rng: Array, chunk: int
     Args, returns: as `sigmoid`; the loss is the mean over both directions and all rows.
     """
     image, text = outputs["image"]["embedding"], outputs["text"]["embedding"]
-    loss, accuracy = ring.softmax(image, text, outputs["logit_scale"], chunk)
+    loss, accuracy = ring.softmax(image, text, outputs["logit_scale"], chunk, batch.get("has_text"))
     return loss, _metrics(outputs, accuracy)
 
 

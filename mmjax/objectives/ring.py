@@ -3,88 +3,104 @@
 Each device has its rows of both embeddings. The texts go round, and at each stop a device compares its images with some
 of them at a time: memory is O(rows of a device x (chunk + width)), forward and backward. The losses bring their own
 gradients, because automatic differentiation would save every strip.
+
+A row that is not `valid` (a record without a caption) takes no part, neither as an image nor as a text: the losses and
+their gradients are those of the other rows alone, and 0 where there are none.
 """
 
-from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Float, PyTree
 
-from mmjax.sharding.collectives import ROW_AXES, ROWS, ring, varying
+from mmjax.objectives.strips import Embeddings, Scalar, Strip, Valid, gradients_of_mean, mean, on_devices, strips
 
-# Texts compared at a time where the config does not say. A strip of 1,024 keeps a matrix unit busy, and is no larger
-# than a few of the embeddings themselves.
-DEFAULT_CHUNK = 1024
-
-Embeddings = Float[Array, "rows width"]
-Scalar = Float[Array, ""]
+Teacher = tuple[Float[Array, "rows teacher_width"], Float[Array, "rows teacher_width"], Scalar]
 Value = tuple[Scalar, Scalar]
 
 
-class Strip(NamedTuple):
-    """A device's images against some texts. Logits of texts that only fill up the last strip are -inf."""
-
-    logits: Float[Array, "rows chunk"]
-    positive: Bool[Array, "rows chunk"]
-    text: Float[Array, "chunk width"]
-
-
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
-def sigmoid(image: Embeddings, text: Embeddings, scale: Scalar, bias: Scalar, chunk: int = 0) -> Value:
+def sigmoid(
+    image: Embeddings, text: Embeddings, scale: Scalar, bias: Scalar, chunk: int = 0, valid: Valid = None
+) -> Value:
     """The pairwise sigmoid loss ("Sigmoid Loss for Language Image Pre-Training", Zhai et al. 2023, sections 3.2, 3.3).
 
     Args:
       image, text: float32, rows over the mesh axes `data` and `fsdp`; pair i is row i of both.
       scale, bias: logits are scale * cosine + bias.
       chunk: texts compared at a time, 0 for a good number.
+      valid: the rows that take part, laid over the mesh as the embeddings are; None for all.
 
     Returns:
       The sum over all pairs divided by the number of rows; the share of images whose own text has the largest logit
       (no gradient).
     """
-    return _sharded(partial(_sigmoid, chunk=chunk, with_gradient=False), gradients=False)(image, text, scale, bias)
+    return on_devices(_sigmoid, chunk, False, image, text, scale, bias, valid)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
-def softmax(image: Embeddings, text: Embeddings, scale: Scalar, chunk: int = 0) -> Value:
+def softmax(image: Embeddings, text: Embeddings, scale: Scalar, chunk: int = 0, valid: Valid = None) -> Value:
     """The symmetric cross-entropy of CLIP (Radford et al. 2021, figure 3): the mean over rows and both directions.
 
     Args, returns: as `sigmoid`.
     """
-    run = _sharded(partial(_softmax, chunk=chunk, with_gradient=False), gradients=False)
-    return run(image, text, scale, jnp.zeros(()))
+    return on_devices(_softmax, chunk, False, image, text, scale, jnp.zeros(()), valid)
 
 
-def _sigmoid_forward(image: Embeddings, text: Embeddings, scale: Scalar, bias: Scalar, chunk: int) -> tuple:
-    return _sharded(partial(_sigmoid, chunk=chunk, with_gradient=True), gradients=True)(image, text, scale, bias)
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def soft_targets(
+    image: Embeddings,
+    text: Embeddings,
+    scale: Scalar,
+    teacher: Teacher,
+    chunk: int = 0,
+    valid: Valid = None,
+) -> Value:
+    """The cross-entropy of `softmax` with a teacher's probabilities in the place of the pairs.
+
+    Args:
+      image, text, scale, chunk, valid: as `sigmoid`; logits are scale * cosine.
+      teacher: its image and text embeddings of the same rows, of any width, and its scale. It gets no gradient.
+
+    Returns:
+      The mean over rows and both directions; the same less the entropy of the teacher's probabilities, which is their
+      Kullback-Leibler divergence from the student's (no gradient).
+    """
+    return on_devices(_soft_targets, chunk, False, image, text, scale, jnp.zeros(()), valid, teacher)
 
 
-def _softmax_forward(image: Embeddings, text: Embeddings, scale: Scalar, chunk: int) -> tuple:
-    run = _sharded(partial(_softmax, chunk=chunk, with_gradient=True), gradients=True)
-    value, gradients = run(image, text, scale, jnp.zeros(()))
-    return value, gradients[:3]
+def _sigmoid_forward(
+    image: Embeddings, text: Embeddings, scale: Scalar, bias: Scalar, chunk: int, valid: Valid
+) -> tuple:
+    value, gradients = on_devices(_sigmoid, chunk, True, image, text, scale, bias, valid)
+    return value, (*gradients, None)
 
 
-def _backward(chunk: int, gradients: tuple[Array, ...], cotangents: Value) -> tuple[Array, ...]:
-    return tuple(cotangents[0] * gradient for gradient in gradients)
+def _softmax_forward(image: Embeddings, text: Embeddings, scale: Scalar, chunk: int, valid: Valid) -> tuple:
+    value, gradients = on_devices(_softmax, chunk, True, image, text, scale, jnp.zeros(()), valid)
+    return value, (*gradients[:3], None)
+
+
+def _soft_targets_forward(
+    image: Embeddings, text: Embeddings, scale: Scalar, teacher: Teacher, chunk: int, valid: Valid
+) -> tuple:
+    value, gradients = on_devices(_soft_targets, chunk, True, image, text, scale, jnp.zeros(()), valid, teacher)
+    return value, (*gradients[:3], None, None)
+
+
+def _backward(chunk: int, gradients: tuple[Array | None, ...], cotangents: Value) -> tuple[Array | None, ...]:
+    return tuple(None if gradient is None else cotangents[0] * gradient for gradient in gradients)
 
 
 sigmoid.defvjp(_sigmoid_forward, _backward)
 softmax.defvjp(_softmax_forward, _backward)
+soft_targets.defvjp(_soft_targets_forward, _backward)
 
 
-def _sharded(function: Callable, gradients: bool) -> Callable:
-    if jax.sharding.get_abstract_mesh().empty:
-        raise ValueError("no mesh is set: call the objective inside `with jax.set_mesh(mesh):`")
-    value, scalar = (jax.P(), jax.P()), jax.P()
-    specs = (value, (ROWS, ROWS, scalar, scalar)) if gradients else value
-    return jax.shard_map(function, in_specs=(ROWS, ROWS, scalar, scalar), out_specs=specs)
-
-
-def _sigmoid(image: Embeddings, text: Embeddings, scale: Scalar, bias: Scalar, chunk: int, with_gradient: bool):
+def _sigmoid(
+    image: Embeddings, text: Embeddings, scale: Scalar, bias: Scalar, valid: Valid, chunk: int, with_gradient: bool
+) -> tuple:
     """On one device: `sigmoid`'s value, and its gradients where asked for."""
     scaled, rows = image * scale, len(image)
 
@@ -104,27 +120,29 @@ def _sigmoid(image: Embeddings, text: Embeddings, scale: Scalar, bias: Scalar, c
     if with_gradient:
         kept |= {"slope": jnp.zeros(rows), "image": jnp.zeros(image.shape)}
     summed = {"text": jnp.zeros(text.shape)} if with_gradient else {}
-    kept, summed = _strips(visit, scaled, text, bias, chunk, kept, {}, summed)
-    value = _mean(kept["loss"]), _mean(kept["own"] >= kept["best"])
+    kept, summed = strips(visit, scaled, text, bias, valid, chunk, kept, {}, summed)
+    value = mean(kept["loss"], valid), mean(kept["own"] >= kept["best"], valid)
     if not with_gradient:
         return value
-    return value, _gradients(image, scale, kept["image"], summed["text"], kept["slope"])
+    return value, gradients_of_mean(image, scale, valid, kept["image"], summed["text"], kept["slope"])
 
 
-def _softmax(image: Embeddings, text: Embeddings, scale: Scalar, bias: Scalar, chunk: int, with_gradient: bool):
+def _softmax(
+    image: Embeddings, text: Embeddings, scale: Scalar, bias: Scalar, valid: Valid, chunk: int, with_gradient: bool
+) -> tuple:
     """On one device: `softmax`'s value, and its gradients where asked for. `bias` is 0: it would cancel."""
     scaled, rows = image * scale, len(image)
 
     def normalize(kept: dict, summed: dict, strip: Strip, _) -> tuple[dict, dict]:
-        row, column = (jax.nn.logsumexp(strip.logits, axis=axis) for axis in (1, 0))
-        kept = _best(kept, strip) | {"normalizer": jnp.logaddexp(kept["normalizer"], row)}
-        return kept, {"normalizer": jnp.logaddexp(summed["normalizer"], column)}
+        kept = _best(kept, strip) | {"normalizer": _add(kept["normalizer"], strip.logits, 1)}
+        return kept, {"normalizer": _add(summed["normalizer"], strip.logits, 0)}
 
     nothing = jnp.full(rows, -jnp.inf)
     kept = _best_of_none(rows) | {"normalizer": nothing}
-    kept, columns = _strips(normalize, scaled, text, bias, chunk, kept, {}, {"normalizer": nothing})
-    normalizer = kept["normalizer"]
-    value = _mean((normalizer + columns["normalizer"]) / 2 - kept["own"]), _mean(kept["own"] >= kept["best"])
+    kept, columns = strips(normalize, scaled, text, bias, valid, chunk, kept, {}, {"normalizer": nothing})
+    normalizer, columns = _of_valid((kept["normalizer"], columns), valid)
+    losses = (normalizer + columns["normalizer"]) / 2 - kept["own"]
+    value = mean(losses, valid), mean(kept["own"] >= kept["best"], valid)
     if not with_gradient:
         return value
 
@@ -134,8 +152,73 @@ def _softmax(image: Embeddings, text: Embeddings, scale: Scalar, bias: Scalar, c
         return kept + slope @ strip.text, summed + slope.T @ scaled
 
     start = jnp.zeros(image.shape), columns, jnp.zeros(text.shape)
-    for_image, for_text = _strips(differentiate, scaled, text, bias, chunk, *start)
-    return value, _gradients(image, scale, for_image, for_text, jnp.zeros(rows))
+    for_image, for_text = strips(differentiate, scaled, text, bias, valid, chunk, *start)
+    return value, gradients_of_mean(image, scale, valid, for_image, for_text, jnp.zeros(rows))
+
+
+def _soft_targets(
+    image: Embeddings,
+    text: Embeddings,
+    scale: Scalar,
+    bias: Scalar,
+    valid: Valid,
+    teacher: Teacher,
+    chunk: int,
+    with_gradient: bool,
+) -> tuple:
+    """On one device: `soft_targets`' value, and its gradients where asked for. `bias` is 0: it would cancel."""
+    scaled, rows = image * scale, len(image)
+    teacher_image, teacher_text, teacher_scale = teacher
+    teacher_scaled = teacher_image * teacher_scale
+
+    def logits(strip: Strip, columns: dict) -> dict[str, Array]:
+        teacher = teacher_scaled @ columns["text"].T
+        return {"student": strip.logits, "teacher": jnp.where(jnp.isneginf(strip.logits), -jnp.inf, teacher)}
+
+    def normalize(kept: dict, summed: dict, strip: Strip, columns: dict) -> tuple[dict, dict]:
+        both = logits(strip, columns)
+        return tuple(
+            {name: _add(sums[name], both[name], axis) for name in both} for sums, axis in ((kept, 1), (summed, 0))
+        )
+
+    start, columns = {name: jnp.full(rows, -jnp.inf) for name in ("student", "teacher")}, {"text": teacher_text}
+    normalizers = strips(normalize, scaled, text, bias, valid, chunk, start, columns, start)
+    by_image, by_text = _of_valid(normalizers, valid)
+
+    def compare(kept: dict, summed: dict, strip: Strip, columns: dict) -> tuple[dict, dict]:
+        both, new, slope = logits(strip, columns), dict(kept), 0.0
+        for normalizer in (jax.tree.map(lambda x: x[:, None], by_image), columns["normalizers"]):
+            student, teacher = (both[name] - normalizer[name] for name in ("student", "teacher"))
+            target = jnp.exp(teacher)
+            # Where the target is 0, the logarithms may be -inf.
+            new["loss"] -= jnp.where(target > 0, target * student, 0.0).sum(axis=1) / 2
+            new["divergence"] += jnp.where(target > 0, target * (teacher - student), 0.0).sum(axis=1) / 2
+            slope += (jnp.exp(student) - target) / 2
+        if with_gradient:
+            new["image"] += slope @ strip.text
+            summed = {"text": summed["text"] + slope.T @ scaled}
+        return new, summed
+
+    kept = {"loss": jnp.zeros(rows), "divergence": jnp.zeros(rows)}
+    if with_gradient:
+        kept["image"] = jnp.zeros(image.shape)
+    summed = {"text": jnp.zeros(text.shape)} if with_gradient else {}
+    columns |= {"normalizers": by_text}
+    kept, summed = strips(compare, scaled, text, bias, valid, chunk, kept, columns, summed)
+    value = mean(kept["loss"], valid), mean(kept["divergence"], valid)
+    if not with_gradient:
+        return value
+    return value, gradients_of_mean(image, scale, valid, kept["image"], summed["text"], jnp.zeros(rows))
+
+
+def _add(normalizer: Float[Array, " entries"], logits: Float[Array, "rows chunk"], axis: int) -> Array:
+    """The logarithm of the sum of what is in `normalizer` and the exponentials along `axis`."""
+    return jnp.logaddexp(normalizer, jax.nn.logsumexp(logits, axis=axis))
+
+
+def _of_valid(normalizers: PyTree[Float[Array, " rows"]], valid: Valid) -> PyTree[Float[Array, " rows"]]:
+    """Finite also for rows that are not valid, of which every logit is -inf, so that all they give is 0."""
+    return normalizers if valid is None else jax.tree.map(lambda x: jnp.where(valid, x, 0.0), normalizers)
 
 
 def _best_of_none(rows: int) -> dict[str, Float[Array, " rows"]]:
@@ -146,58 +229,3 @@ def _best(kept: dict, strip: Strip) -> dict[str, Float[Array, " rows"]]:
     """Each image's largest logit so far, and that of its own text."""
     own = jnp.where(strip.positive, strip.logits, 0.0).sum(axis=1)
     return {"best": jnp.maximum(kept["best"], strip.logits.max(axis=1)), "own": kept["own"] + own}
-
-
-def _mean(values: Float[Array, " rows"] | Bool[Array, " rows"]) -> Scalar:
-    return jax.lax.pmean(values.mean(), ROW_AXES)
-
-
-def _gradients(image: Embeddings, scale: Scalar, for_image: Embeddings, for_text: Embeddings, slope: Array) -> tuple:
-    """Of the mean over all rows, with respect to image, text, scale and bias.
-
-    `for_image` is the sum of slope x text, `for_text` that of slope x scaled image, `slope` each row's sum; since a
-    cosine is image . text, the sum of slope x cosine is that of image . for_image.
-    """
-    rows = len(image) * jax.lax.axis_size(ROW_AXES)
-    return for_image * (scale / rows), for_text / rows, _mean((image * for_image).sum(axis=1)), _mean(slope)
-
-
-def _strips(
-    visit: Callable,
-    scaled: Embeddings,
-    text: Embeddings,
-    bias: Scalar,
-    chunk: int,
-    kept: PyTree[Array],
-    columns: PyTree[Array],
-    summed: PyTree[Array],
-) -> tuple[PyTree[Array], PyTree[Array]]:
-    """Visits all strips of this device's rows: `visit(kept, summed, strip, columns) -> (kept, summed)`.
-
-    `columns` and `summed` hold one entry for each text; `visit` sees those of the strip. `kept` and `summed` start as
-    the same constants on each device.
-    """
-    rows, width = len(scaled), min(chunk or DEFAULT_CHUNK, len(scaled))
-    count = -(-rows // width)
-    width = -(-rows // count)  # strips of one size, as little filled up as can be
-    filling = count * width - rows
-
-    def split(x: Array) -> Array:
-        return jnp.pad(x, ((0, filling), *((0, 0),) * (x.ndim - 1))).reshape(count, width, *x.shape[1:])
-
-    numbers, own = jnp.arange(count * width).reshape(count, width), jax.lax.axis_index(ROW_AXES)
-
-    def at_device(kept: PyTree, sent: PyTree, summed: PyTree, owner: Array) -> tuple[PyTree, PyTree]:
-        def at_strip(kept: PyTree, inputs: tuple) -> tuple[PyTree, PyTree]:
-            numbers, (text, columns), summed = inputs
-            logits = scaled @ text.T + bias
-            if filling:
-                logits = jnp.where(numbers < rows, logits, -jnp.inf)
-            positive = (owner == own) & (jnp.arange(rows)[:, None] == numbers)
-            return visit(kept, summed, Strip(logits, positive, text), columns)
-
-        return jax.lax.scan(at_strip, kept, (numbers, sent, summed))
-
-    sent, summed = jax.tree.map(split, ((text, columns), varying(summed)))
-    kept, summed = ring(at_device, varying(kept), sent, summed)
-    return kept, jax.tree.map(lambda x: x.reshape(count * width, *x.shape[2:])[:rows], summed)

@@ -18,15 +18,17 @@ from jaxtyping import Array, PyTree
 PARAMETER_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"patch_embed/kernel", (None, "embed")),
     (r"token_embed/embedding", ("vocab", "embed")),
-    (r"position|class_token|probe", (None, "embed")),
+    (r"position|class_token|probe|start|mask_token", (None, "embed")),
     (r"(query|key|value)/kernel", ("embed", "heads")),
     (r"(query|key|value)/bias", ("heads",)),
     (r"out/kernel", ("heads", "embed")),
     (r"up/kernel", ("embed", "mlp")),
     (r"up/bias", ("mlp",)),
     (r"down/kernel", ("mlp", "embed")),
-    (r"\w+_projection/kernel", ("embed", None)),
-    (r"(patch_embed|out|down|norm\w*)/bias|norm\w*/scale", (None,)),
+    (r"(\w+_projection|transform|match_head)/kernel", ("embed", None)),
+    (r"vocab", ("vocab", "embed")),
+    (r"vocab_bias", ("vocab",)),
+    (r"(patch_embed|out|down|transform|match_head|norm\w*)/bias|norm\w*/scale", (None,)),
     (r"logit_scale|logit_bias", ()),
 )
 
@@ -51,6 +53,7 @@ class AxisRules:
             "embed": None,
             "heads": "tensor",
             "mlp": "tensor",
+            "vocab": "tensor",
         }
     )
 

@@ -16,6 +16,7 @@ from mmjax.data import pipeline
 from mmjax.errors import UserError
 from mmjax.files import write_atomically
 from mmjax.models.flops import peak_flops, train_flops
+from mmjax.objectives import parts_of
 from mmjax.sharding import distributed
 from mmjax.sharding.rules import batch_sharding
 from mmjax.training import feedback
@@ -115,7 +116,9 @@ class Run:
         config, workdir = setup.config, setup.workdir
         self._account = TimeAccount(workdir, start)
         self._broken = BrokenRecords(workdir, config.loader.max_broken_fraction)
-        self._meter = feedback.Meter(self._account, train_flops(config.model), peak_flops(jax.devices()[0].device_kind))
+        self._meter = feedback.Meter(
+            self._account, train_flops(config.model, parts_of(config)), peak_flops(jax.devices()[0].device_kind)
+        )
         self._skips = SkipWatch(setup)
 
     def __enter__(self) -> "Run":

@@ -16,18 +16,22 @@ from ml_collections import ConfigDict
 
 from mmjax import api
 from mmjax import config as configs
-from mmjax.data import pipeline, sources, text, vocabulary
+from mmjax.data import pipeline, sources, text, vocabulary, words
 from mmjax.errors import UserError
 from mmjax.evaluators import Evaluation
 from mmjax.files import fingerprint, write_atomically
+from mmjax.models.outputs import Vocabulary
+from mmjax.objectives import parts_of
 from mmjax.sharding import distributed
 from mmjax.sharding.mesh import make_mesh
 from mmjax.sharding.rules import batch_sharding
 from mmjax.training import feedback
 from mmjax.training.checkpoint import Checkpoints, DamagedCheckpoint, agreed_steps, space
+from mmjax.training.init_from import replacing, taken_over
 from mmjax.training.optimizer import in_steps, learning_rate_schedule, make_optimizer
 from mmjax.training.state import TrainState, make_state, state_shardings, with_shardings
 from mmjax.training.step import make_train_step
+from mmjax.training.teacher import make_teacher, resolve
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,7 @@ def prepare(config: ConfigDict, workdir: Path, beat: Callable[[], None] = lambda
     """
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     saved = agreed_steps(workdir)
+    resolve(config)
     _claim(workdir, config, bool(saved))
 
     def progress(items: Iterable, total: int, title: str) -> Iterator:
@@ -75,7 +80,8 @@ def prepare(config: ConfigDict, workdir: Path, beat: Callable[[], None] = lambda
     tokenizer = _tokenizer(config, workdir, bool(saved), opened, progress)
     _check_processes(fingerprints, tokenizer)
     steps, schedule = _schedule(config, opened)
-    module = api.make_module(config)
+    module, vocabulary = api.make_module(config), _vocabulary(config, tokenizer)
+    teacher = make_teacher(config, module, mesh, tokenizer, vocabulary)
     with jax.set_mesh(mesh):
         init = partial(api.init_params, config, module)
         optimizer = make_optimizer(config.optimizer, jax.eval_shape(init))
@@ -83,9 +89,10 @@ def prepare(config: ConfigDict, workdir: Path, beat: Callable[[], None] = lambda
         shapes = jax.eval_shape(make)
     if not saved:
         _check_space(workdir, shapes)
+    taken = {} if saved else taken_over(config.init_from, shapes.params, mesh)
     shardings = state_shardings(shapes, mesh)
     train_step = jax.jit(
-        make_train_step(config, module, optimizer, schedule),
+        make_train_step(config, module, optimizer, schedule, vocabulary, teacher),
         static_argnums=2,
         donate_argnums=0,
         out_shardings=(shardings, NamedSharding(mesh, P())),
@@ -102,8 +109,8 @@ def prepare(config: ConfigDict, workdir: Path, beat: Callable[[], None] = lambda
         steps=steps,
         model_parameters=sum(leaf.size for leaf in jax.tree.leaves(shapes.params)),
         target=with_shardings(shapes, shardings),
-        make_state=jax.jit(make, out_shardings=shardings),
-        train_step=train_step,
+        make_state=replacing(jax.jit(make, out_shardings=shardings), taken),
+        train_step=partial(train_step, teacher_params=teacher.params) if teacher and teacher.params else train_step,
         evaluation=evaluation,
     )
 
@@ -131,7 +138,8 @@ def _open_stream(name: str, entry: ConfigDict, progress: Callable) -> dict[str, 
     try:
         opened = sources.open_stream(entry, progress)
         for source in opened.values():
-            pipeline.check_readable(source, tuple(entry.preprocess.captions))
+            needed = [name for name in entry.inputs if name == "image" or not entry.captions_optional]
+            pipeline.check_readable(source, tuple(entry.preprocess.captions), inputs=needed)
         return opened
     except UserError as error:
         raise UserError(f"config.streams.{name}: {error}") from error
@@ -190,7 +198,9 @@ def _tokenizer(
     Raises:
       UserError: its vocabulary is larger than the model's, or it does not pad as the model expects.
     """
-    encoder, (name, entry) = config.model.encoders.text, next(iter(config.streams.items()))
+    encoder = config.model.encoders.text
+    with_text = [(name, entry) for name, entry in config.streams.items() if "text" in entry.inputs]
+    name, entry = (with_text or [*config.streams.items()])[0]
     groups = tuple(entry.preprocess.captions)
     path = encoder.tokenizer or sources.tokenizer_path(entry.source, groups)
     if not path and resumed:
@@ -216,6 +226,28 @@ def _tokenizer(
     if jax.process_index() == 0:
         write_atomically(copy, content)
     return tokenizer
+
+
+def _vocabulary(config: ConfigDict, tokenizer: text.Tokenizer) -> Vocabulary | None:
+    """What masked modelling has to know of the tokenizer; None where no objective does it.
+
+    Raises:
+      UserError: the tokenizer has no mask token, and the model's vocabulary no room for one.
+    """
+    if "masked" not in parts_of(config):
+        return None
+    size, known = config.model.encoders.text.vocab_size, tokenizer.vocab_size
+    mask_id = known if tokenizer.mask_id is None else tokenizer.mask_id
+    if mask_id >= size:
+        raise UserError(
+            f"config.model.encoders.text.vocab_size: the tokenizer has no mask token; set it to at least {known + 1}, "
+            "for one after its own"
+        )
+    marks = np.pad(tokenizer.word_marks, (0, size - known))
+    special = np.ones(size, bool)
+    special[:known] = False
+    special[list(tokenizer.special_ids)] = True
+    return Vocabulary(mask_id, (marks & words.STARTS) > 0, (marks & words.ENDS) > 0, special)
 
 
 def _schedule(config: ConfigDict, opened: Mapping[str, Mapping[str, sources.Source]]) -> tuple[int, Callable]:

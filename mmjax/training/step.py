@@ -5,33 +5,40 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 import optax
-from flax import linen as nn
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 from ml_collections import ConfigDict
 
+from mmjax.models.multimodal import MultimodalModel
+from mmjax.models.outputs import Vocabulary
 from mmjax.training import health
 from mmjax.training.gradient import Metrics, make_gradient
 from mmjax.training.state import TrainState
+from mmjax.training.teacher import Teacher
 
 
 def make_train_step(
     config: ConfigDict,
-    model: nn.Module,
+    model: MultimodalModel,
     optimizer: optax.GradientTransformation,
     schedule: Callable[[Array], Array],
-) -> Callable[[TrainState, Mapping[str, Array], tuple[str, ...]], tuple[TrainState, Metrics]]:
-    """Makes `train_step(state, batch, objective names) -> (state, metrics)`, to be jit-compiled.
+    vocabulary: Vocabulary | None = None,
+    teacher: Teacher | None = None,
+) -> Callable[..., tuple[TrainState, Metrics]]:
+    """Makes `train_step(state, batch, objective names, teacher's params) -> (state, metrics)`, to be jit-compiled.
 
     Random numbers of step s depend on (config.seed, s) alone; those of a row also on its place in the global batch:
     the model and the objectives find its key in `batch["rng"]`.
     """
-    gradient = make_gradient(config, model)
+    gradient = make_gradient(config, model, vocabulary)
     ema_decay, seed = config.train.ema_decay, config.seed
 
-    def train_step(state: TrainState, batch: Mapping[str, Array], names: tuple[str, ...]) -> tuple[TrainState, Metrics]:
+    def train_step(
+        state: TrainState, batch: Mapping[str, Array], names: tuple[str, ...], teacher_params: PyTree = None
+    ) -> tuple[TrainState, Metrics]:
         rng, row_rng = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step))
         batch = {**batch, "rng": jax.random.split(row_rng, len(next(iter(batch.values()))))}
-        grads, metrics = gradient(state.params, batch, rng, names)
+        teach = teacher.of(teacher_params or state.ema) if teacher else None
+        grads, metrics = gradient(state.params, batch, rng, names, teach)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         rate = schedule(state.step)
         params = jax.tree.map(lambda old, update: old - rate * update, state.params, updates)

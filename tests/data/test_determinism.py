@@ -94,6 +94,15 @@ def test_every_format_gives_the_same_records(written):
     }
 
 
+def test_a_stream_of_text_reads_no_images(written):
+    for kind, source in written.items():
+        entry = configs.stream(source=source, inputs=("text",))
+        record, whole = sources.open_stream(entry)[""][3], sources.open_source(source, "train")[3]
+        own_layout = kind in ("array_record", "tfds")
+        assert record == {key: value for key, value in whole.items() if key != "image" or own_layout}
+        assert record["captions"] == whole["captions"] != {}
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_source_gives_the_same_batches_to_any_number_of_processes_and_after_a_resume(written, tokenizer, kind):
     config = config_of(written, [kind])

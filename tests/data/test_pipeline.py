@@ -13,6 +13,7 @@ from mmjax import config as configs
 from mmjax.data import image, pipeline, sources, text
 from mmjax.data.augment import Augment
 from mmjax.errors import RecordError, UserError
+from mmjax.validation import validate
 from tests import tiny
 from tests.programs import ROOT
 
@@ -162,6 +163,88 @@ def test_a_stream_may_have_shorter_texts(source, tokenizer):
     short, full = batches(source, tokenizer, config=config)[0]["text"], batches(source, tokenizer)[0]["text"]
     assert short.shape == (16, 5) and full.shape == (16, 8)
     np.testing.assert_array_equal(short[:, :4][full[:, 4] == 0], full[:, :4][full[:, 4] == 0])
+
+
+class Without:
+    """A source whose records lack what is named, those of the given numbers or all."""
+
+    fingerprint = "without"
+
+    def __init__(self, source, what, numbers=None):
+        self._source, self._what, self._numbers = source, what, numbers
+
+    def __len__(self):
+        return len(self._source)
+
+    def __getitem__(self, index):
+        record = self._source[index]
+        if self._numbers is not None and index not in self._numbers:
+            return record
+        left = {key: value for key, value in record.items() if key != "image"}
+        return record | {"captions": {}} if self._what == "text" else left
+
+
+def with_stream(**options):
+    config = tiny.get_config()
+    config.streams.train.preprocess.captions = ("en",)
+    config.streams.train.update(options)
+    return config
+
+
+@pytest.mark.parametrize("keep_decoded", [False, True])
+def test_a_stream_of_images_needs_no_captions_and_one_of_text_no_images(source, tokenizer, keep_decoded):
+    for inputs, missing in ((("image",), "text"), (("text",), "image")):
+        config = with_stream(inputs=inputs, keep_decoded=keep_decoded)
+        if missing == "text":
+            del config.model.encoders.text
+        else:
+            del config.model.encoders.image
+        made = drawn(Without(source, missing), tokenizer if missing == "image" else None, config=config)
+        assert all(batch.keys() == {*inputs} and broken == [] for _, batch, broken in made)
+        order = pipeline.places([400], [], 0)
+        for step, (_, batch, _) in enumerate(made):
+            of_batch = [source[order[16 * step + row][2]] for row in range(16)]
+            if missing == "image":
+                captions = [record["captions"]["en"][0] for record in of_batch]
+                np.testing.assert_array_equal(batch["text"], tokenizer.encode(captions, 8))
+            else:
+                assert batch["image"].shape == (16, 28, 28, 3) and batch["image"].std(axis=(1, 2, 3)).min() > 0
+        pipeline.check_readable(Without(source, missing), ("en",), inputs=inputs)
+        with pytest.raises(UserError, match=f"has no {'caption in en' if missing == 'text' else missing}"):
+            pipeline.check_readable(Without(source, missing), ("en",))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_records_without_captions_are_used_where_captions_are_optional(source, tokenizer, workers):
+    bare = set(range(0, 400, 3))
+    some = Without(source, "text", bare)
+    config = with_stream(captions_optional=True)
+    config.streams.train.preprocess.caption_weights = (1.0,)
+    whole = batches(source, tokenizer, config=config)
+    made = drawn(some, tokenizer, config=config, workers=workers)
+    order = pipeline.places([400], [], 0)
+    for step, ((_, batch, broken), complete) in enumerate(zip(made, whole, strict=True)):
+        expected = [order[16 * step + row][2] not in bare for row in range(16)]
+        assert broken == [] and batch["has_text"].dtype == bool and batch["has_text"].tolist() == expected
+        assert (batch["text"][~batch["has_text"]] == tokenizer.pad_id).all() and complete["has_text"].all()
+        np.testing.assert_array_equal(batch["text"][expected], complete["text"][expected])
+    assert all(any(broken) for _, _, broken in drawn(some, tokenizer)[:2])  # they are broken where captions are not
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"inputs": ()}, r"config.streams.train.inputs: \(\) is not one or both of image, text"),
+        ({"inputs": ("text", "text")}, r"config.streams.train.inputs: \('text', 'text'\) is not one or both"),
+        ({"inputs": ("image", "txet")}, 'config.streams.train.inputs: unknown "txet"; did you mean "text"?'),
+        ({"inputs": (1,)}, r"config.streams.train.inputs: \(1,\) holds something else than names"),
+        ({"inputs": ("image",), "captions_optional": True}, "config.streams.train.captions_optional: captions can be"),
+    ],
+)
+def test_inputs_that_cannot_be_are_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        validate(with_stream(**options), 1)
+    validate(with_stream(inputs=("text", "image"), captions_optional=True), 1)
 
 
 class Damaged:

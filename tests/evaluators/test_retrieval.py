@@ -29,6 +29,57 @@ def brute_force(queries, gallery, query_owners, item_owners):
 
 
 @settings(deadline=None, max_examples=50)
+@given(rows=st.integers(1, 6), items=st.integers(1, 9), count=st.integers(1, 9), seed=st.integers(0, 9999))
+def test_the_best_are_those_of_a_full_sort(rows, items, count, seed):
+    rng = np.random.default_rng(seed)
+    queries, gallery = rng.normal(size=(rows, 3)), rng.normal(size=(items, 3))
+    before, retrieval.CHUNK = retrieval.CHUNK, 2
+    try:
+        found = retrieval.best(queries, gallery, count)
+    finally:
+        retrieval.CHUNK = before
+    expected = [sorted(range(items), key=lambda item, query=query: -(gallery[item] @ query)) for query in queries]
+    np.testing.assert_array_equal(found, [order[:count] for order in expected])
+
+
+@settings(deadline=None, max_examples=100)
+@given(rows=st.integers(1, 5), items=st.integers(1, 8), count=st.integers(1, 8), seed=st.integers(0, 9999))
+def test_reranked_is_a_sort_of_the_first_ones_with_ties_against_the_model(rows, items, count, seed):
+    """The first `count` by similarity, own items last among equals, are sorted by the other score, in the same way."""
+    rng = np.random.default_rng(seed)
+    queries, gallery = (rng.integers(-1, 2, (size, 2)).astype(np.float32) for size in (rows, items))
+    query_owners, item_owners = rng.integers(0, 3, rows), np.append(np.arange(3), rng.integers(0, 3, items))[-items:]
+    item_owners[0] = query_owners[0]
+    query_owners = np.where(np.isin(query_owners, item_owners), query_owners, item_owners[0])
+    other_scores = rng.integers(0, 3, (rows, items)).astype(np.float32)
+    count = min(count, items)
+    first = retrieval.best(queries, gallery, count)
+    found = retrieval.reranked(
+        retrieval.ranks(queries, gallery, query_owners, item_owners),
+        np.take_along_axis(other_scores, first, axis=1),
+        item_owners[first] == query_owners[:, None],
+    )
+    for row in range(rows):
+        own, similarity = item_owners == query_owners[row], gallery @ queries[row]
+        order = sorted(range(items), key=lambda item: (-similarity[item], own[item]))
+        place = next(place for place, item in enumerate(order) if own[item])
+        if place >= count:
+            assert found[row] == place
+            continue
+        best = max(other_scores[row, item] for item in first[row] if own[item])
+        assert found[row] == sum(other_scores[row, item] >= best and not own[item] for item in first[row])
+
+
+def test_a_model_that_tells_nothing_apart_gains_nothing_from_reranking():
+    same, owners = np.ones((50, 4), np.float32), np.arange(50)
+    found, first = retrieval.ranks(same, same, owners, owners), retrieval.best(same, same, 5)
+    right = first == owners[:, None]
+    assert (retrieval.reranked(found, np.ones((50, 5)), right) == 49).all()
+    assert (retrieval.reranked(found * 0, np.ones((50, 5)), right)[:5] == 4).all()
+    assert (retrieval.reranked(found * 0, np.full((50, 5), np.nan), right)[:5] == 4).all()
+
+
+@settings(deadline=None, max_examples=50)
 @given(owners=st.integers(1, 12), each=st.integers(1, 3), seed=st.integers(0, 9999), chunk=st.integers(1, 9))
 def test_ranks_equal_brute_force_with_ties_and_several_captions(owners, each, seed, chunk):
     rng = np.random.default_rng(seed)
@@ -78,6 +129,7 @@ class Oracle:
         self.config.model.encoders.text = configs.text_encoder(length=4)
         self.tokenizer = self
         self.means = np.array([self.mean(samples.png(number)) for number in range(samples.COUNT)])
+        self.pairs = 0
 
     @staticmethod
     def mean(data):
@@ -90,8 +142,47 @@ class Oracle:
         rows = load_rows(np.arange(count))
         if modality == "text":
             return np.eye(samples.COUNT, dtype=np.float32)[rows[:, 0]]
-        known = np.abs(rows.mean(axis=(1, 2, 3))[:, None] - self.means).argmin(axis=1)
-        return np.eye(samples.COUNT, dtype=np.float32)[known]
+        return np.eye(samples.COUNT, dtype=np.float32)[self.known(rows)]
+
+    def known(self, images):
+        return np.abs(images.mean(axis=(1, 2, 3))[:, None] - self.means).argmin(axis=1)
+
+    def match_rows(self, count, load_images, load_texts, batch_size):
+        self.pairs, rows = count, np.arange(count)
+        return (self.known(load_images(rows)) == load_texts(rows)[:, 0]).astype(np.float32)
+
+
+class Confused(Oracle):
+    """It knows what belongs together, but its embeddings of images are those of their neighbours."""
+
+    def encode_rows(self, modality, count, load_rows, batch_size):
+        found = super().encode_rows(modality, count, load_rows, batch_size)
+        if modality == "text":
+            return found
+        return 0.5 * found + np.roll(found, 1, axis=1)
+
+
+def test_the_matching_head_puts_the_first_ones_in_order(tmp_path):
+    source = samples.write_all(tmp_path)["webdataset"]
+    model = Confused()
+
+    def evaluate(**options):
+        evaluator = retrieval.Retrieval(configs.retrieval(source=source, split="", **options))
+        evaluator.open()
+        return dict(evaluator.evaluate(model))
+
+    plain, one, two = evaluate(), evaluate(rerank=1), evaluate(rerank=2)
+    assert set(one) - set(plain) == {
+        f"{direction}_reranked_{rest}"
+        for direction in ("text_to_image", "image_to_text")
+        for rest in ("R@1", "R@5", "R@10", "median_rank", "mean_rank")
+    }
+    for name in ("text_to_image_R@1", "text_to_image_mean_rank"):
+        assert plain[name] == one[name] == two[name]
+    assert plain["text_to_image_R@1"] == one["text_to_image_reranked_R@1"] == 0
+    assert two["text_to_image_reranked_R@1"] == 1
+    assert model.pairs == 2 * samples.COUNT  # of the images with their first two texts
+    assert evaluate(rerank=1000)["image_to_text_reranked_R@1"] == 1  # there are only so many
 
 
 def test_one_row_for_each_caption_and_keys_that_repeat_are_the_same_images(tmp_path):

@@ -49,14 +49,14 @@ def outputs(image, text, scale, bias):
 
 
 @partial(jax.jit, static_argnums=0)
-def evaluate(name, outputs):
-    return OBJECTIVES[name](outputs, {}, jax.random.key(0))
+def evaluate(name, outputs, **batch):
+    return OBJECTIVES[name].run(outputs, batch, jax.random.key(0))
 
 
 def test_the_config_knows_the_options_of_every_objective():
     assert configs.OBJECTIVES.keys() == OBJECTIVES.keys()
     for kind, options in configs.OBJECTIVES.items():
-        assert list(inspect.signature(OBJECTIVES[kind]).parameters) == ["outputs", "batch", "rng", *options]
+        assert list(inspect.signature(OBJECTIVES[kind].run).parameters) == ["outputs", "batch", "rng", *options]
 
 
 @pytest.mark.parametrize("name, reference", [("sigmoid", reference_sigmoid), ("softmax", reference_softmax)])
@@ -87,3 +87,14 @@ def test_accuracy_counts_images_that_prefer_their_own_text(mesh):
     assert metrics["batch_accuracy"] == 1.0
     _, metrics = evaluate("softmax", outputs(image, image[::-1], 10, 0))
     assert metrics["batch_accuracy"] == 0.0
+
+
+@pytest.mark.parametrize("name", ["sigmoid", "softmax"])
+def test_rows_without_text_are_left_out(mesh, name):
+    rng = np.random.default_rng(1)
+    image, text = jnp.float32(unit(rng, 6, 4)), jnp.float32(unit(rng, 6, 4))
+    some, rows = jnp.array([True, False, True, True, False, True]), np.array([0, 2, 3, 5])
+    loss, metrics = evaluate(name, outputs(image, text, 9, -3), has_text=some)
+    expected, expected_metrics = evaluate(name, outputs(image[rows], text[rows], 9, -3))
+    assert loss == pytest.approx(float(expected), rel=1e-5)
+    assert metrics["batch_accuracy"] == pytest.approx(float(expected_metrics["batch_accuracy"]))

@@ -124,7 +124,7 @@ def test_when_one_of_two_processes_is_stuck_both_end_and_say_where(tmp_path, ope
         "--config=tests/tiny.py:100000",
         "--config.loader.workers=1",
         f"--workdir={tmp_path}",
-        "--config.health.hang_timeout_seconds=30",
+        "--config.health.hang_timeout_seconds=40",
     )
     while processes[0].poll() is None and len(read_metrics(tmp_path / "metrics.jsonl")) < 5:
         time.sleep(0.05)

@@ -28,7 +28,8 @@ def token_size(outputs, batch, rng):
 @pytest.fixture
 def two_objectives(monkeypatch):
     """A config with a contrastive objective, one that looks at rows alone, and dropped tokens."""
-    monkeypatch.setitem(objectives.OBJECTIVES, "token_size", token_size)
+    both = ("image", "text")
+    monkeypatch.setitem(objectives.OBJECTIVES, "token_size", objectives.Objective(token_size, both, both))
     config = tiny.get_config()
     config.model.encoders.image.token_drop = 0.5
     config.model.encoders.image.depth = config.model.encoders.text.depth = 1

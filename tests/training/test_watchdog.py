@@ -32,7 +32,7 @@ def start_and_stop_its_worker(tmp_path, hang_timeout):
 
 @pytest.mark.slow
 def test_a_run_whose_loader_is_stuck_ends_and_says_where(tmp_path, openmoji_folder):
-    process, worker = start_and_stop_its_worker(tmp_path, 20)
+    process, worker = start_and_stop_its_worker(tmp_path, 30)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == EXIT_HUNG, output
     assert "config.health.hang_timeout_seconds" in output and str(tmp_path / "hang.0.txt") in output

@@ -74,13 +74,16 @@ def open_source(
     return source
 
 
-def open_entry(entry: Mapping, progress: Progress = silent) -> Source:
+def open_entry(entry: Mapping, progress: Progress = silent, images: bool = True) -> Source:
     """Opens the source of a config's entry: its `source`, `split`, `fields` and `root`.
+
+    Without `images`, those that lie in files of their own, or in tar files, are not read.
 
     Raises:
       UserError: see `open_source`.
     """
-    fields = Fields(entry["fields"]["image"], tuple(entry["fields"]["captions"]), entry["fields"]["label"])
+    image = entry["fields"]["image"] if images else None
+    fields = Fields(image, tuple(entry["fields"]["captions"]), entry["fields"]["label"])
     return open_source(entry["source"], entry["split"], fields, entry["root"], progress)
 
 
@@ -91,7 +94,8 @@ def open_stream(entry: Mapping, progress: Progress = silent) -> dict[str, Source
       UserError: see `open_source`.
     """
     parts = entry["mixture"] or {"": entry}
-    return {name: open_entry(part, progress) for name, part in parts.items()}
+    images = "image" in entry["inputs"]
+    return {name: open_entry(part, progress, images) for name, part in parts.items()}
 
 
 def tokenizer_path(name: str, groups: Sequence[str]) -> Path | None:

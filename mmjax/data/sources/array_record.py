@@ -38,7 +38,7 @@ class ArrayRecordSource:
         """
         from array_record.python.array_record_data_source import ArrayRecordDataSource
 
-        if fields not in (None, Fields()):
+        if fields and fields.mapped:
             raise UserError(f"array_record:{location} holds records in mmjax's own layout: map no fields of it")
         self.paths = files.expand(location)
         for path in self.paths:

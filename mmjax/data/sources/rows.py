@@ -18,6 +18,8 @@ def with_image_file(raw: dict[str, Any], fields: Fields, folder: str, key: str) 
     Raises:
       RecordError: the path is none, such as an image spelled in base64.
     """
+    if fields.image is None:
+        return raw
     name = fields.image or next((usual for usual in IMAGE_FIELDS if raw.get(usual) is not None), "")
     value: Any = raw
     for part in [name] if name in raw else name.split("."):
@@ -44,10 +46,9 @@ def check_columns(columns: Sequence[str], fields: Fields, path: str) -> None:
     Raises:
       UserError: a mapped column is missing, or nothing is mapped and no column has a usual name.
     """
-    mapped = [name for name in (fields.image, *fields.captions, fields.label) if name]
     there = ", ".join(columns)[:500]
-    for name in mapped:
+    for name in fields.mapped:
         if name not in columns and name.split(".")[0] not in columns:
             raise UserError(f'{path} has no column "{name}"; it has: {there}')
-    if not mapped and not {*IMAGE_FIELDS, *CAPTION_FIELDS, *LABEL_FIELDS} & set(columns):
+    if not fields.mapped and not {*IMAGE_FIELDS, *CAPTION_FIELDS, *LABEL_FIELDS} & set(columns):
         raise UserError(f"{path} has no column with a usual name; name some in `fields`; it has: {there}")

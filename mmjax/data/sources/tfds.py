@@ -50,7 +50,7 @@ class TfdsSource:
         builder = _open(folder)
         self._records, paths = _open_split(builder, folder, split)
         self._own_layout = set(builder.info.features) == set(tfds_features())
-        if self._own_layout and self._fields != Fields():
+        if self._own_layout and self._fields.mapped:
             raise UserError(f"tfds:{location} holds records in mmjax's own layout: map no fields of it")
         self._features = _readable(builder.info.features)
         self._decoders = _decoders(self._features)

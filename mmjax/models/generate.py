@@ -1,0 +1,212 @@
+"""Texts from images, token by token: greedy, sampled, or by beam search."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree
+
+from mmjax.models.multimodal import MultimodalModel
+
+Texts = tuple[Int[Array, "batch length"], Float[Array, " batch"]]
+
+
+class Strategy(NamedTuple):
+    """How the next token is chosen.
+
+    With `beams` of 1 it is drawn from the model's distribution: `temperature` 0 takes the likeliest (greedy), `top_k`
+    keeps so many of the likeliest (0: all), `top_p` the likeliest that together have this probability ("The Curious
+    Case of Neural Text Degeneration", Holtzman et al. 2020, section 3.1). More beams search for the likeliest text;
+    sums of log-probabilities are divided by ((5 + tokens) / 6)^length_penalty ("Google's Neural Machine Translation
+    System", Wu et al. 2016, eq. 14).
+    """
+
+    beams: int = 1
+    length_penalty: float = 1.0
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+
+GREEDY = Strategy()
+
+
+class _Search(NamedTuple):
+    """Texts under way; `place` is that of the token that `logits` predict, `score` the sum of log-probabilities."""
+
+    place: Int[Array, ""]
+    ids: Int[Array, "rows length"]
+    logits: Float[Array, "rows vocab"]
+    cache: PyTree[Array]
+    finished: Bool[Array, " rows"]
+    score: Float[Array, " rows"]
+    count: Int[Array, " rows"]
+
+
+def generate(
+    module: MultimodalModel,
+    params: PyTree,
+    image: Float[Array, "batch tokens embed"],
+    prompt: Int[Array, "batch length"],
+    prompt_length: Int[Array, " batch"],
+    rng: Key[Array, " batch"],
+    end_id: int | None,
+    strategy: Strategy = GREEDY,
+) -> Texts:
+    """Texts that go on from a prompt; to be jit-compiled. One program serves prompts of any lengths.
+
+    Args:
+      module, params: a model with a decoder.
+      image: the image tower's tokens.
+      prompt: ids that the texts begin with, filled up to the model's length with anything.
+      prompt_length: how many of them; where the decoder has no `start` vector at least 1, the start token.
+      rng: a key for each text, for sampling: what is drawn for it does not depend on the others.
+      end_id: the token after which a text is finished; None where there is none, and texts are as long as can be.
+      strategy: static.
+
+    Returns:
+      The ids, int32, prompt and end token included, padding after it; and each text's score: the sum of the
+      log-probabilities of its tokens after the prompt, with beams divided by the length penalty. Padding is never
+      chosen, and has no share of the probability.
+    """
+    step = _Step(module, params, prompt, prompt_length, end_id)
+    search = step.begin(image)
+    if strategy.beams == 1:
+        found = _run(search, step, lambda search: _drawn(search, rng, strategy), prompt.shape[1])
+        return found.ids, found.score
+    beams = _beam_search(search, step, strategy)
+    # The likeliest text may begin with tokens that all beams have left behind: greedy search is one more candidate.
+    greedy = _run(search, step, lambda search: _drawn(search, rng, GREEDY), prompt.shape[1])
+    greedy_score = greedy.score / penalty(greedy.count, strategy.length_penalty)
+    better = greedy_score > beams[1]
+    return jnp.where(better[:, None], greedy.ids, beams[0]), jnp.where(better, greedy_score, beams[1])
+
+
+def penalty(count: Int[Array, " rows"], power: float) -> Float[Array, " rows"]:
+    """What the score of a text of so many tokens is divided by."""
+    return ((5 + jnp.maximum(count, 1)) / 6) ** power
+
+
+class _Step(NamedTuple):
+    """Puts a token at the end of each text, and asks the model for the next."""
+
+    module: MultimodalModel
+    params: PyTree
+    prompt: Int[Array, "rows length"]
+    prompt_length: Int[Array, " rows"]
+    end_id: int | None
+
+    def begin(self, image: Float[Array, "rows tokens embed"]) -> _Search:
+        """Texts of nothing, or of their start token alone."""
+        logits, cache = self.module.apply({"params": self.params}, image, self.prompt[:, 0], method="begin_caption")
+        ids = jnp.full(self.prompt.shape, self.pad_id, jnp.int32)
+        first = 0 if self.module.config["decoder"]["start"] else 1
+        ids = ids.at[:, :first].set(self.prompt[:, :first])
+        none = jnp.zeros(len(ids), jnp.int32)
+        return _Search(jnp.int32(first), ids, self._possible(logits), cache, none > 0, none.astype(jnp.float32), none)
+
+    def forced(self, place: Int[Array, ""]) -> Bool[Array, " rows"]:
+        """Which texts are still in their prompt."""
+        return place < self.prompt_length
+
+    def __call__(self, search: _Search, token: Int[Array, " rows"]) -> _Search:
+        log_probabilities = jax.nn.log_softmax(search.logits)
+        own = jnp.take_along_axis(log_probabilities, token[:, None], axis=1)[:, 0]
+        free = ~search.finished & ~self.forced(search.place)
+        finished = search.finished if self.end_id is None else search.finished | (free & (token == self.end_id))
+        token = jnp.where(search.finished, self.pad_id, token)
+        slot = search.place + (1 if self.module.config["decoder"]["start"] else 0)
+        logits, cache = self.module.apply({"params": self.params}, token, slot, search.cache, method="continue_caption")
+        return _Search(
+            search.place + 1,
+            search.ids.at[:, search.place].set(token),
+            self._possible(logits),
+            cache,
+            finished,
+            search.score + jnp.where(free, own, 0.0),
+            search.count + free,
+        )
+
+    def repeated(self, beams: int) -> "_Step":
+        """For so many beams of each text."""
+        return self._replace(
+            prompt=jnp.repeat(self.prompt, beams, axis=0), prompt_length=jnp.repeat(self.prompt_length, beams)
+        )
+
+    @property
+    def pad_id(self) -> int:
+        """The id of padding."""
+        return self.module.config["encoders"]["text"]["pad_id"]
+
+    def _possible(self, logits: Float[Array, "rows vocab"]) -> Float[Array, "rows vocab"]:
+        """Without padding, which training never asks for; unless it is the end token too."""
+        return logits if self.pad_id == self.end_id else logits.at[:, self.pad_id].set(-jnp.inf)
+
+
+def _run(search: _Search, step: _Step, choose: Callable[[_Search], Array], length: int) -> _Search:
+    def body(search: _Search) -> _Search:
+        forced = step.forced(search.place)
+        return step(search, jnp.where(forced, step.prompt[:, search.place], choose(search)))
+
+    return jax.lax.while_loop(lambda search: (search.place < length) & ~search.finished.all(), body, search)
+
+
+def _drawn(search: _Search, keys: Key[Array, " rows"], strategy: Strategy) -> Int[Array, " rows"]:
+    if strategy.temperature == 0:
+        return search.logits.argmax(axis=1).astype(jnp.int32)
+    logits = kept_logits(search.logits / strategy.temperature, strategy.top_k, strategy.top_p)
+    own_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, search.place)
+    return jax.vmap(jax.random.categorical)(own_keys, logits).astype(jnp.int32)
+
+
+def kept_logits(logits: Float[Array, "rows vocab"], top_k: int, top_p: float) -> Float[Array, "rows vocab"]:
+    """Logits of what may be drawn; -inf elsewhere. The likeliest always may."""
+    if top_k:
+        least = jax.lax.top_k(logits, min(top_k, logits.shape[1]))[0][:, -1:]
+        logits = jnp.where(logits < least, -jnp.inf, logits)
+    if top_p < 1:
+        ordered = jnp.sort(logits, axis=1, descending=True)
+        before = jnp.cumsum(jax.nn.softmax(ordered), axis=1) - jax.nn.softmax(ordered)
+        least = jnp.where(before < top_p, ordered, jnp.inf).min(axis=1, keepdims=True)
+        logits = jnp.where(logits < least, -jnp.inf, logits)
+    return logits
+
+
+def _beam_search(search: _Search, step: _Step, strategy: Strategy) -> Texts:
+    (batch, length), beams = step.prompt.shape, strategy.beams
+    step = step.repeated(beams)
+    rows = jnp.repeat(jnp.arange(batch), beams)
+    search = _take(search, rows)
+    # All beams begin alike: only the first may go on.
+    first = jnp.arange(batch * beams) % beams == 0
+    search = search._replace(score=jnp.where(first, 0.0, -jnp.inf))
+
+    def body(search: _Search) -> _Search:
+        vocab = search.logits.shape[1]
+        places = jnp.arange(vocab)
+        forced, wanted = step.forced(search.place), step.prompt[:, search.place]
+        gain = jax.nn.log_softmax(search.logits)
+        gain = jnp.where(forced[:, None], jnp.where(places == wanted[:, None], 0.0, -jnp.inf), gain)
+        gain = jnp.where(search.finished[:, None], jnp.where(places == step.pad_id, 0.0, -jnp.inf), gain)
+        count = search.count + (~search.finished & ~forced)
+        score = search.score[:, None] + gain
+        ranked = score / penalty(count, strategy.length_penalty)[:, None]
+        _, chosen = jax.lax.top_k(ranked.reshape(batch, beams * vocab), beams)
+        parents = (jnp.arange(batch)[:, None] * beams + chosen // vocab).reshape(-1)
+        token = (chosen % vocab).reshape(-1).astype(jnp.int32)
+        # Where there are fewer ways to go on than beams, what is left over keeps its -inf.
+        return step(_take(search, parents), token)._replace(score=score[parents, token])
+
+    search = jax.lax.while_loop(lambda search: (search.place < length) & ~search.finished.all(), body, search)
+    scores = (search.score / penalty(search.count, strategy.length_penalty)).reshape(batch, beams)
+    best = jnp.arange(batch) * beams + scores.argmax(axis=1)
+    return search.ids[best], scores.max(axis=1)
+
+
+def _take(search: _Search, rows: Int[Array, " rows"]) -> _Search:
+    """The same for other rows; caches have a layer axis before that of the rows."""
+    taken: dict[str, Any] = {
+        name: value[rows] for name, value in search._asdict().items() if name not in ("place", "cache")
+    }
+    return _Search(place=search.place, cache=jax.tree.map(lambda x: x[:, rows], search.cache), **taken)

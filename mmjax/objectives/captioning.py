@@ -1,0 +1,49 @@
+"""Captioning: predict each token of the text from the image and the tokens before it."""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from mmjax.models.outputs import Outputs
+from mmjax.objectives.contrastive import Result
+
+
+def captioning(
+    outputs: Outputs,
+    batch: Mapping[str, Array],
+    rng: Array,
+    parallel: float = 0.0,
+    label_smoothing: float = 0.0,
+) -> Result:
+    """The captioning loss of CoCa (Yu et al. 2022, eq. 3), Cap and CapPa (Tschannen et al. 2023, section 3.1).
+
+    Args:
+      outputs: of a model with a decoder.
+      batch: `text` int32 [batch, length] and `rng`, a key for each row.
+      rng: not used.
+      parallel: the probability that a row is predicted all at once from the image alone (CapPa: 0.75).
+      label_smoothing: the share of each label that is spread over the whole vocabulary (BLIP: 0.1).
+
+    Returns:
+      The mean cross-entropy of the tokens that are no padding, the end token included, and `accuracy`, the share of
+      them that is likeliest; `count` is their number.
+    """
+    ids, at_once = batch["text"], None
+    if parallel:
+        at_once = jax.vmap(lambda key: jax.random.bernoulli(key, parallel))(batch["rng"])
+    logits = outputs.caption(outputs.text, outputs["image"]["tokens"], at_once)
+    labels = ids[:, ids.shape[1] - logits.shape[1] :]
+    counted = (labels != outputs.pad_id).astype(jnp.float32)
+    if "has_text" in batch:
+        counted *= batch["has_text"][:, None]
+    log_probabilities = jax.nn.log_softmax(logits)
+    own = jnp.take_along_axis(log_probabilities, labels[..., None], axis=-1)[..., 0]
+    losses = -own
+    if label_smoothing:
+        losses = (1 - label_smoothing) * losses - label_smoothing * log_probabilities.mean(axis=-1)
+    count = counted.sum()
+    right = (logits.argmax(axis=-1) == labels).astype(jnp.float32)
+    loss, accuracy = ((counted * values).sum() / jnp.maximum(count, 1) for values in (losses, right))
+    return loss, {"accuracy": accuracy, "count": count}
