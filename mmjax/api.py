@@ -73,7 +73,7 @@ class Model:
 
             text = Text(batch["text"], *tower("text"))
             logits = module.apply({"params": params}, text, tower("image")[0], method="match")
-            return jax.nn.softmax(logits)[:, 1]
+            return logits[:, 1] - logits[:, 0]
 
         def caption(params: PyTree, batch: dict[str, jax.Array], seed: int, strategy: Strategy) -> tuple:
             tokens, _ = module.apply({"params": params}, "image", batch["image"], method="tokens")
@@ -123,13 +123,17 @@ class Model:
         A model trained with the sigmoid loss gives each pair its own; one trained with softmax gives
         each image a distribution over the texts.
         """
-        with jax.set_mesh(self.mesh):
-            learned = jax.device_get(self._logits(self.params))
+        learned = self.logits()
         logits = learned["logit_scale"] * (image_embeddings @ text_embeddings.T)
         if "sigmoid" in [entry.kind for entry in self.config.objectives.values()]:
             return 1 / (1 + np.exp(-(logits + learned["logit_bias"])))
         exponents = np.exp(logits - logits.max(axis=1, keepdims=True))
         return exponents / exponents.sum(axis=1, keepdims=True)
+
+    def logits(self) -> dict[str, float]:
+        """`logit_scale` and `logit_bias`: what makes logits of cosines."""
+        with jax.set_mesh(self.mesh):
+            return {name: float(value) for name, value in jax.device_get(self._logits(self.params)).items()}
 
     def match(self, images: Sequence[Any], texts: Sequence[str]) -> Float[np.ndarray, " pairs"]:
         """The probability, by the matching head, that text i belongs to image i.
@@ -140,12 +144,12 @@ class Model:
         if len(images) != len(texts):
             raise UserError(f"{len(images)} images and {len(texts)} texts are no pairs")
         ids = self.tokenizer.encode(list(texts), self.config.model.encoders.text.length)
-        return self.match_rows(len(images), self._loader(images), lambda rows: ids[rows])
+        return 1 / (1 + np.exp(-self.match_rows(len(images), self._loader(images), lambda rows: ids[rows])))
 
     def match_rows(
         self, count: int, load_images: LoadRows, load_texts: LoadRows, batch_size: int = BATCH_SIZE
     ) -> Float[np.ndarray, " pairs"]:
-        """`match` for `count` pairs; the loaders give pixels and token ids, as in `encode_rows`."""
+        """The log-odds of `match` for `count` pairs; the loaders give pixels and token ids, as in `encode_rows`."""
         self._needs("matching", "match images and texts")
         parts = [np.zeros(0, np.float32)]
         loaders = {"image": load_images, "text": load_texts}

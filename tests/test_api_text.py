@@ -72,8 +72,9 @@ def test_matching_is_a_probability_for_each_pair(openmoji_folder):
     assert ((found > 0) & (found < 1)).all() and len(set(found.tolist())) == 5
     load, ids = one._loader(IMAGES), one.tokenizer.encode(texts, 8)
     arguments = 5, load, lambda rows: ids[rows]
-    np.testing.assert_allclose(one.match_rows(*arguments, batch_size=2), found, atol=1e-6)
-    np.testing.assert_allclose(model(devices=8).match_rows(*arguments, batch_size=8), found, atol=1e-6)
+    odds = np.log(found / (1 - found))
+    np.testing.assert_allclose(one.match_rows(*arguments, batch_size=2), odds, atol=1e-5)
+    np.testing.assert_allclose(model(devices=8).match_rows(*arguments, batch_size=8), odds, atol=1e-5)
     swapped = one.match(IMAGES[[1, 0]], texts[:2])
     assert np.abs(swapped - found[:2]).min() > 1e-4
     with jax.set_mesh(one.mesh):

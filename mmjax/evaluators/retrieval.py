@@ -151,15 +151,19 @@ class Retrieval:
         load_images: Callable[[np.ndarray], np.ndarray],
         ids: Int[np.ndarray, "texts length"],
     ) -> Iterator[tuple[str, float]]:
-        """The metrics after the matching head has put the first `rerank` of each query into a new order."""
+        """The metrics after the first `rerank` of each query are put into a new order: by the sum of the matching
+        head's log-odds and the contrastive logit (as "BLIP", Li et al. 2022, adds the two).
+        """
         count, size = min(self._entry.rerank, len(images)), self._entry.batch_size
+        scale = model.logits()["logit_scale"]
 
         def match(image_rows: np.ndarray, text_rows: np.ndarray) -> np.ndarray:
             pairs = image_rows.ravel(), text_rows.ravel()
-            found = model.match_rows(
+            odds = model.match_rows(
                 len(pairs[0]), lambda rows: load_images(pairs[0][rows]), lambda rows: ids[pairs[1][rows]], size
             )
-            return found.reshape(image_rows.shape)
+            cosines = (images[image_rows] * texts[text_rows]).sum(axis=-1)
+            return odds.reshape(image_rows.shape) + scale * cosines
 
         first = best(texts, images, count)
         scores = match(first, np.broadcast_to(np.arange(len(texts))[:, None], first.shape))

@@ -38,11 +38,11 @@ def part_flops(model: Mapping[str, Any], name: str) -> int:
     """FLOPs of one text's pass through the fusion or the decoder, cross-attention and vocabulary included."""
     encoders, text = model["encoders"], tower_size(model["encoders"]["text"])
     part = part_size(model[name], text)
-    width, length, seen = part["width"], encoders["text"]["length"], _tokens(encoders["image"])
+    width, length = part["width"], encoders["text"]["length"]
+    seen = part.get("image_queries") or _tokens(encoders["image"])
     image_width = tower_size(encoders["image"]).width
     if part.get("image") == "prefix":
         length, seen = length + seen, 0
-    seen = part.get("image_queries") or seen
     own = length * (4 * width**2 + 2 * width * part["mlp_dim"]) + 2 * length**2 * width
     cross = 2 * length * width**2 + 2 * seen * image_width * width + 2 * length * seen * width if seen else 0
     return 2 * (part["depth"] * (own + cross) + length * width * encoders["text"]["vocab_size"])

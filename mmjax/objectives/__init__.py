@@ -33,7 +33,8 @@ OBJECTIVES = {
     "softmax": Objective(contrastive.softmax, _BOTH, _BOTH, across_rows=True),
     "matching": Objective(matching.matching, _BOTH, (*_BOTH, "fusion", "matching")),
     "captioning": Objective(captioning.captioning, _BOTH, ("image", "decoder")),
-    "masked": Objective(masked.masked, ("text",), (*_BOTH, "fusion", "masked")),
+    # It reads not the batch's texts but what it makes of them: their tokens are computed where others read them.
+    "masked": Objective(masked.masked, ("text",), ("image", "fusion", "masked")),
     "feature_distillation": Objective(distillation.features, (), (), teacher=True),
     "similarity_distillation": Objective(distillation.similarity, _BOTH, _BOTH, across_rows=True, teacher=True),
 }
@@ -54,7 +55,7 @@ def parts_of(config: Mapping[str, Any]) -> frozenset[str]:
     parts = {part for entry in config["objectives"].values() for part in parts_read(entry)}
     inputs = {name for entry in config["streams"].values() for name in entry["inputs"]}
     parts -= {"image"} - inputs
-    if "decoder" in parts and config["model"]["decoder"].get("reads") == "text":
+    if "masked" in parts or ("decoder" in parts and config["model"]["decoder"].get("reads") == "text"):
         parts.add("text")
     return frozenset(parts)
 

@@ -38,11 +38,9 @@ def captioning(
     counted = (labels != outputs.pad_id).astype(jnp.float32)
     if "has_text" in batch:
         counted *= batch["has_text"][:, None]
-    log_probabilities = jax.nn.log_softmax(logits)
-    own = jnp.take_along_axis(log_probabilities, labels[..., None], axis=-1)[..., 0]
-    losses = -own
-    if label_smoothing:
-        losses = (1 - label_smoothing) * losses - label_smoothing * log_probabilities.mean(axis=-1)
+    own = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
+    wanted = (1 - label_smoothing) * own + label_smoothing * logits.mean(axis=-1) if label_smoothing else own
+    losses = jax.nn.logsumexp(logits, axis=-1) - wanted  # the whole vocabulary's log-probabilities are never kept
     count = counted.sum()
     right = (logits.argmax(axis=-1) == labels).astype(jnp.float32)
     loss, accuracy = ((counted * values).sum() / jnp.maximum(count, 1) for values in (losses, right))

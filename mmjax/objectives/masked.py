@@ -36,13 +36,13 @@ def masked(
     hidden = hide(batch["rng"], ids, chosen, vocabulary)
     image = outputs["image"]["tokens"] if "image" in batch else None
     logits = outputs.predict(outputs.read(hidden), image)
-    log_probabilities = jax.nn.log_softmax(logits)
-    losses = -jnp.take_along_axis(log_probabilities, ids[..., None], axis=-1)[..., 0]
+    wanted = jnp.take_along_axis(logits, ids[..., None], axis=-1)[..., 0]
     if teacher_weight:
         teacher = outputs["teacher"]
         image = teacher["image"]["tokens"] if "image" in batch else None
-        wanted = jax.lax.stop_gradient(jax.nn.softmax(teacher.predict(teacher.read(hidden), image)))
-        losses = (1 - teacher_weight) * losses - teacher_weight * (wanted * log_probabilities).sum(axis=-1)
+        shares = jax.lax.stop_gradient(jax.nn.softmax(teacher.predict(teacher.read(hidden), image)))
+        wanted = (1 - teacher_weight) * wanted + teacher_weight * (shares * logits).sum(axis=-1)
+    losses = jax.nn.logsumexp(logits, axis=-1) - wanted
     counted = chosen.astype(jnp.float32)
     count = counted.sum()
     right = (logits.argmax(axis=-1) == ids).astype(jnp.float32)

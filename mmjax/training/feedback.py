@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -201,18 +202,26 @@ class TrainProgress:
 
 
 def show_evaluation(metrics: Mapping[str, float]) -> None:
-    """Prints retrieval metrics as a table: a row for each evaluator and direction."""
+    """Prints retrieval metrics as a table, a row for each evaluator and direction; the others below it."""
     rows: dict[tuple[str, str], dict[str, float]] = {}
+    others: dict[str, float] = {}
     for name, value in metrics.items():
         _, evaluator, metric = name.split("/", 2)
-        for direction in ("image_to_text", "text_to_image"):
-            if metric.startswith(direction):
-                rows.setdefault((evaluator, direction), {})[metric[len(direction) + 1 :]] = value
+        found = re.fullmatch("(text_to_image|image_to_text)(_reranked)?_(.+)", metric)
+        if found:
+            direction = found[1].replace("_", " ") + (", reranked" if found[2] else "")
+            rows.setdefault((evaluator, direction), {})[found[3]] = value
+        else:
+            others[f"{evaluator}/{metric}"] = value
     table = Table(title="Retrieval on held-out data")
     for column in ("evaluator", "direction", "R@1", "R@5", "R@10", "median rank"):
         table.add_column(column, justify="left" if column in ("evaluator", "direction") else "right")
     for (evaluator, direction), row in rows.items():
         recalls = [f"{row[f'R@{k}']:.3f}" for k in (1, 5, 10)]
-        table.add_row(evaluator, direction.replace("_", " "), *recalls, f"{row['median_rank']:g}")
-    if rows and jax.process_index() == 0:
+        table.add_row(evaluator, direction, *recalls, f"{row['median_rank']:g}")
+    if jax.process_index() != 0:
+        return
+    if rows:
         Console(width=None if sys.stdout.isatty() else 100).print(table)
+    for name, value in others.items():
+        print(f"{name}: {value:.4g}")

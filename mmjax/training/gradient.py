@@ -142,7 +142,7 @@ class _Part:
         results = {}
         for name, entry in entries.items():
             options = {key: value for key, value in entry.items() if key not in ("kind", "weight")}
-            # Not among those of this step alone: what is drawn does not depend on the others. Towers' numbers are small.
+            # Among those of all streams: what is drawn does not depend on the others of this one. Towers' are small.
             number = 1000 + self._names.index(name)
             keys = jax.vmap(jax.random.fold_in, (0, None))(batch["rng"], number)
             results[name] = OBJECTIVES[entry.kind].run(

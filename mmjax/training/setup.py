@@ -208,9 +208,15 @@ def _tokenizer(
     if not path:
         path = vocabulary.learn(opened[name], groups, encoder.vocab_size, progress)
     tokenizer = text.load(path)
-    if encoder.mask_padding and tokenizer.pad_id != encoder.pad_id:
+    captions = "decoder" in parts_of(config)
+    if (encoder.mask_padding or captions) and tokenizer.pad_id != encoder.pad_id:
         raise UserError(
             f"config.model.encoders.text.pad_id: {encoder.pad_id} is not the padding of {path}, {tokenizer.pad_id}"
+        )
+    if captions and tokenizer.end_id in (None, tokenizer.pad_id):
+        raise UserError(
+            f"{path} ends texts with no token, or with padding: captioning could not learn where they end; use a "
+            "tokenizer that has a token for it"
         )
     if tokenizer.vocab_size > encoder.vocab_size:
         raise UserError(

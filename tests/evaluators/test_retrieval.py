@@ -129,7 +129,7 @@ class Oracle:
         self.config.model.encoders.text = configs.text_encoder(length=4)
         self.tokenizer = self
         self.means = np.array([self.mean(samples.png(number)) for number in range(samples.COUNT)])
-        self.pairs = 0
+        self.pairs, self.sure = 0, 20.0  # log-odds of what belongs together
 
     @staticmethod
     def mean(data):
@@ -149,7 +149,10 @@ class Oracle:
 
     def match_rows(self, count, load_images, load_texts, batch_size):
         self.pairs, rows = count, np.arange(count)
-        return (self.known(load_images(rows)) == load_texts(rows)[:, 0]).astype(np.float32)
+        return np.where(self.known(load_images(rows)) == load_texts(rows)[:, 0], self.sure, 0).astype(np.float32)
+
+    def logits(self):
+        return {"logit_scale": 10.0, "logit_bias": 0.0}
 
 
 class Confused(Oracle):
@@ -183,6 +186,8 @@ def test_the_matching_head_puts_the_first_ones_in_order(tmp_path):
     assert two["text_to_image_reranked_R@1"] == 1
     assert model.pairs == 2 * samples.COUNT  # of the images with their first two texts
     assert evaluate(rerank=1000)["image_to_text_reranked_R@1"] == 1  # there are only so many
+    model.sure = 1.0  # less than what the embeddings say against it
+    assert evaluate(rerank=2)["text_to_image_reranked_R@1"] == 0
 
 
 def test_one_row_for_each_caption_and_keys_that_repeat_are_the_same_images(tmp_path):

@@ -1,3 +1,5 @@
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,8 +25,15 @@ def image_tower(**fields):
     return ImageEncoder(FrozenDict(configs.image_encoder(**fields).to_dict()))
 
 
-def parameter_count(module, *inputs):
-    return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(module.init, KEY, *inputs)))
+def encode(tower, image, rng=None):
+    """For the `method` of a tower: its tokens, and what it makes of them."""
+    tokens, valid = tower(image, rng)
+    return {"tokens": tokens, "pooled": tower.pool(tokens, valid)}
+
+
+def parameter_count(tower, image):
+    params = jax.eval_shape(partial(tower.init, method=encode), KEY, image)
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
 # Backbones with a class token at 224 pixels, without a classifier: the counts of timm's models
@@ -147,8 +156,8 @@ def test_sincos_positions_are_distinct_and_of_one_norm(rows, columns):
 @pytest.mark.parametrize("pooling, tokens", [("map", 12), ("cls", 13)])
 def test_a_model_runs_at_another_resolution(mesh, kind, pooling, tokens):
     tower = image_tower(variant="Ti/16", depth=1, image_size=64, position=kind, pooling=pooling)
-    params = jax.jit(tower.init)(KEY, jnp.zeros((1, 64, 64, 3), jnp.uint8))
-    out = tower.apply(params, jnp.zeros((2, 96, 32, 3), jnp.uint8))
+    params = jax.jit(partial(tower.init, method=encode))(KEY, jnp.zeros((1, 64, 64, 3), jnp.uint8))
+    out = tower.apply(params, jnp.zeros((2, 96, 32, 3), jnp.uint8), method=encode)
     assert out["tokens"].shape == (2, tokens, 192) and out["pooled"].shape == (2, 192)
 
 

@@ -10,9 +10,11 @@ from mmjax import api
 from mmjax.data import pipeline
 from mmjax.evaluators import Evaluation
 from mmjax.sharding import distributed
-from mmjax.sharding.rules import batch_sharding
+from mmjax.sharding.mesh import make_mesh
+from mmjax.sharding.rules import batch_sharding, parameter_shardings
 from mmjax.training import setup
 from tests import tiny
+from tests.training import everything
 
 pytestmark = pytest.mark.sharding
 IMAGE, TEXT = "model.encoders.image", "model.encoders.text"
@@ -83,6 +85,31 @@ def test_losses_and_parameters_are_those_of_one_device(tmp_path, monkeypatch, va
         moment = state.opt_state[1].mu["image"]["transformer"]["blocks"]["mlp"]["up"]["kernel"]
         for array in (kernel, moment):  # the parameter and its statistics are really split
             assert array.sharding.shard_shape(array.shape) == (2, 32 // shape[1], 64 // shape[2])
+
+
+def gradient_of_everything(shape):
+    """(gradient, metrics) of all objectives in one step, on the host."""
+    config = everything.config_of()
+    for encoder in config.model.encoders.values():
+        encoder.heads = 8
+    names = ("contrastive", "captioning", "masked", "matching", "distilled")
+    mesh = make_mesh(*shape, devices=jax.devices()[: int(np.prod(shape))])
+    with jax.set_mesh(mesh):
+        params = [everything.parameters(config, seed) for seed in (0, 1)]
+        params = jax.device_put(params, [parameter_shardings(each, mesh) for each in params])
+        batch = jax.device_put(everything.batch(), batch_sharding(mesh))
+        return jax.device_get(jax.jit(everything.gradient_function(config, names))(*params, batch))
+
+
+@pytest.fixture(scope="module")
+def everything_on_one_device():
+    return gradient_of_everything((1, 1, 1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 1, 8)])
+def test_all_objectives_have_the_gradient_and_the_metrics_of_one_device(everything_on_one_device, shape):
+    everything.assert_equal(gradient_of_everything(shape), everything_on_one_device)
 
 
 @pytest.mark.slow
