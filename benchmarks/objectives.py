@@ -11,7 +11,8 @@ over the seeds are reported.
     text_to_image_R@1   held-out names among the 400 held-out images, and the other way round
     ..._reranked_R@1    after the matching head has put the first ten into a new order
     exact_match         greedy captions of held-out images that are exactly their name
-    step_seconds        the mean of every step but the first, without evaluations and checkpoints
+    step_seconds        the median over the run's reports (20 steps each) of the mean step, without the first step,
+                        evaluations and checkpoints
 """
 
 import argparse

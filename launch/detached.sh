@@ -3,11 +3,12 @@
 #
 #   launch/detached.sh FOLDER COMMAND ...
 #
-# FOLDER/log has the output, FOLDER/pid the process: `kill -TERM "$(cat FOLDER/pid)"` stops it. While it runs, the same
-# command starts nothing and shows the output again.
+# FOLDER/log has the output (FOLDER/log.before that of the time before), FOLDER/pid the process, which
+# `kill -TERM "$(cat FOLDER/pid)"` stops. While it runs, the same command starts nothing and shows the output again;
+# then it ends with 0, whatever the command ends with.
 set -uo pipefail
 if [ $# -lt 2 ]; then
-  sed -n '2,7s/^# \{0,1\}//p' "$0" >&2
+  sed -n '2,8s/^# \{0,1\}//p' "$0" >&2
   exit 2
 fi
 folder=$1
@@ -17,6 +18,7 @@ if kill -0 "$(cat "$folder/pid" 2>/dev/null)" 2>/dev/null; then
   echo "detached.sh: it runs already; its output:" >&2
   exec tail -n 100 -f --pid="$(cat "$folder/pid")" "$folder/log"
 fi
+[ ! -s "$folder/log" ] || mv "$folder/log" "$folder/log.before"
 : >"$folder/log"
 setsid "$@" >>"$folder/log" 2>&1 </dev/null &
 echo $! >"$folder/pid"

@@ -25,7 +25,12 @@ arguments=$(printf '%q ' "$@")
 gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker=all --command="
   set -e
   run=\$PWD/run
-  mkdir -p mmjax && tar -xzf mmjax.tar.gz -C mmjax && cd mmjax
-  python=\$(command -v python3.13 || command -v python3.12 || command -v python3.11 || command -v python3)
-  \$python -m venv .venv && .venv/bin/pip install -q -e '.[tpu]'
+  mkdir -p mmjax
+  # The code under a run that goes on stays as it is.
+  if ! kill -0 \"\$(cat \$run/pid 2>/dev/null)\" 2>/dev/null; then
+    tar -xzf mmjax.tar.gz -C mmjax
+    python=\$(command -v python3.13 || command -v python3.12 || command -v python3.11 || command -v python3)
+    \$python -m venv mmjax/.venv && mmjax/.venv/bin/pip install -q -e 'mmjax[tpu]'
+  fi
+  cd mmjax
   launch/detached.sh \$run launch/keep_running.sh .venv/bin/python -m mmjax.main $arguments"

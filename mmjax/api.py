@@ -259,7 +259,7 @@ def load(workdir: str | Path, step: int | None = None, mesh: Mesh | None = None)
     """
     config = load_config(workdir)
     mesh = mesh or make_mesh()
-    steps = checkpoint.saved_steps(workdir)
+    steps = checkpoint.agreed_steps(workdir)
     found = max(steps, default=None) if step is None else step
     if found not in steps:
         which = "" if step is None else f" of step {step}"

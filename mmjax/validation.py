@@ -217,6 +217,9 @@ def _check_objectives(config: ConfigDict) -> None:
                     f"config.streams.{name}.objectives: {objective_name} needs {sorted(missing)[0]}, not among the "
                     "stream's inputs"
                 )
+    fed = {name for entry in config.streams.values() for name in entry.objectives or config.objectives}
+    if unused := sorted({*config.objectives} - fed):
+        raise UserError(f"config.objectives.{unused[0]}: no stream trains it; name it in a stream's objectives")
     parts, text = parts_of(config), config.model.encoders.text
     readers = {"masked", "matching"} & parts or (config.model.decoder and config.model.decoder.reads == "text")
     if text.token_drop and (text.pooling == "last" or ("text" in parts and readers)):

@@ -35,7 +35,7 @@ def _tokens(encoder: Mapping[str, Any]) -> int:
 
 
 def part_flops(model: Mapping[str, Any], name: str) -> int:
-    """FLOPs of one text's pass through the fusion or the decoder, cross-attention and vocabulary included."""
+    """FLOPs of one text's pass through the fusion or the decoder, cross-attention included, but not the vocabulary."""
     encoders, text = model["encoders"], tower_size(model["encoders"]["text"])
     part = part_size(model[name], text)
     width, length = part["width"], encoders["text"]["length"]
@@ -45,7 +45,13 @@ def part_flops(model: Mapping[str, Any], name: str) -> int:
         length, seen = length + seen, 0
     own = length * (4 * width**2 + 2 * width * part["mlp_dim"]) + 2 * length**2 * width
     cross = 2 * length * width**2 + 2 * seen * image_width * width + 2 * length * seen * width if seen else 0
-    return 2 * (part["depth"] * (own + cross) + length * width * encoders["text"]["vocab_size"])
+    return 2 * part["depth"] * (own + cross)
+
+
+def vocabulary_flops(model: Mapping[str, Any], name: str) -> int:
+    """FLOPs of one text's logits over the vocabulary, from the fusion's or the decoder's tokens."""
+    text = model["encoders"]["text"]
+    return 2 * text["length"] * part_size(model[name], tower_size(text))["width"] * text["vocab_size"]
 
 
 def train_flops(model: Mapping[str, Any], parts: Collection[str]) -> int:
@@ -58,9 +64,11 @@ def train_flops(model: Mapping[str, Any], parts: Collection[str]) -> int:
     total = sum(encoders.values())
     if "fusion" in parts:
         passes = 3 * ("matching" in parts) + ("masked" in parts)
-        total += passes * part_flops(model, "fusion") + ("masked" in parts) * encoders.get("text", 0)
+        total += passes * part_flops(model, "fusion")
+        if "masked" in parts:
+            total += vocabulary_flops(model, "fusion") + encoders["text"]
     if "decoder" in parts:
-        total += part_flops(model, "decoder")
+        total += part_flops(model, "decoder") + vocabulary_flops(model, "decoder")
     return 3 * total
 
 

@@ -43,7 +43,7 @@ class Outputs(Mapping[str, Any]):
         self._modalities = [name for name in module.config["encoders"] if name in module.parts and name in batch]
 
     def __iter__(self) -> Iterator[str]:
-        return iter({*self._modalities, "logit_scale", "logit_bias", *self._known})
+        return iter(dict.fromkeys((*self._modalities, "logit_scale", "logit_bias", *self._known)))
 
     def __len__(self) -> int:
         return len([*self])

@@ -7,11 +7,10 @@ from jaxtyping import Array, Float
 
 from mmjax.objectives import ring
 
-Outputs = Mapping[str, Any]
 Result = tuple[Float[Array, ""], dict[str, Float[Array, ""]]]
 
 
-def sigmoid(outputs: Outputs, batch: Mapping[str, Array], rng: Array, chunk: int = 0) -> Result:
+def sigmoid(outputs: Mapping[str, Any], batch: Mapping[str, Array], rng: Array, chunk: int = 0) -> Result:
     """The pairwise sigmoid loss of SigLIP (Zhai et al. 2023, algorithm 1).
 
     Args:
@@ -30,7 +29,7 @@ def sigmoid(outputs: Outputs, batch: Mapping[str, Array], rng: Array, chunk: int
     return loss, _metrics(outputs, accuracy)
 
 
-def softmax(outputs: Outputs, batch: Mapping[str, Array], rng: Array, chunk: int = 0) -> Result:
+def softmax(outputs: Mapping[str, Any], batch: Mapping[str, Array], rng: Array, chunk: int = 0) -> Result:
     """The symmetric cross-entropy of CLIP (Radford et al. 2021, figure 3).
 
     Args, returns: as `sigmoid`; the loss is the mean over both directions and all rows.
@@ -40,7 +39,7 @@ def softmax(outputs: Outputs, batch: Mapping[str, Array], rng: Array, chunk: int
     return loss, _metrics(outputs, accuracy)
 
 
-def _metrics(outputs: Outputs, accuracy: Float[Array, ""]) -> dict[str, Float[Array, ""]]:
+def _metrics(outputs: Mapping[str, Any], accuracy: Float[Array, ""]) -> dict[str, Float[Array, ""]]:
     return {
         "batch_accuracy": accuracy,
         "logit_scale": outputs["logit_scale"],

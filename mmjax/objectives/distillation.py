@@ -9,17 +9,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from mmjax.errors import UserError
 from mmjax.objectives import ring
-
-Outputs = Mapping[str, Any]
-Result = tuple[Float[Array, ""], dict[str, Float[Array, ""]]]
+from mmjax.objectives.contrastive import Result
 
 
 def similarity(
-    outputs: Outputs, batch: Mapping[str, Array], rng: Array, temperature: float = 1.0, chunk: int = 0
+    outputs: Mapping[str, Any], batch: Mapping[str, Array], rng: Array, temperature: float = 1.0, chunk: int = 0
 ) -> Result:
     """The student's similarities of images and texts follow the teacher's.
 
@@ -55,7 +53,7 @@ def similarity(
 
 
 def features(
-    outputs: Outputs, batch: Mapping[str, Array], rng: Array, modalities: Sequence[str] = ("image",)
+    outputs: Mapping[str, Any], batch: Mapping[str, Array], rng: Array, modalities: Sequence[str] = ("image",)
 ) -> Result:
     """The student's embeddings point where the teacher's do: 1 - cosine, for each row alone.
 

@@ -273,7 +273,7 @@ def _checksums(leaves: list[Array]) -> UInt32[Array, " leaves"]:
 def steps_with_damaged_metrics(workdir: str | Path) -> list[int]:
     """The checkpoints whose evaluation, which is read to keep the best, cannot be read by the first process."""
     damaged = []
-    for step in saved_steps(workdir):
+    for step in saved_steps(workdir) if jax.process_index() == 0 else ():
         path = Path(workdir) / FOLDER / str(step) / "metrics" / "metrics"
         try:
             if path.exists():

@@ -92,7 +92,8 @@ def _initial_state(setup: Setup) -> tuple[int, TrainState]:
     Raises:
       UserError: there were checkpoints, and all are damaged.
     """
-    for step in steps_with_damaged_metrics(setup.workdir):
+    damaged = steps_with_damaged_metrics(setup.workdir)
+    for step in damaged:
         feedback.say(f"the metrics of checkpoint {step} are damaged; it is now in {set_aside(setup.workdir, step)}")
     found = agreed_steps(setup.workdir)
     for step in reversed(found):
@@ -103,7 +104,7 @@ def _initial_state(setup: Setup) -> tuple[int, TrainState]:
                 fault = str(error)  # the error itself would keep the arrays
         place = set_aside(setup.workdir, step)
         feedback.say(f"{fault}; it is now in {place}, and the one before it is used")
-    if found:
+    if found or damaged:
         raise UserError(f"no checkpoint in {setup.workdir} is intact; the same command starts the run anew")
     return 0, setup.make_state()
 

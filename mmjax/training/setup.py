@@ -63,7 +63,7 @@ def prepare(config: ConfigDict, workdir: Path, beat: Callable[[], None] = lambda
     """
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     saved = agreed_steps(workdir)
-    resolve(config)
+    resolve(config, workdir, bool(saved))
     _claim(workdir, config, bool(saved))
 
     def progress(items: Iterable, total: int, title: str) -> Iterator:
@@ -206,13 +206,16 @@ def _tokenizer(
     if not path and resumed:
         path = workdir / "tokenizer.json"  # what was learned at the start
     if not path:
-        path = vocabulary.learn(opened[name], groups, encoder.vocab_size, progress)
+        room = encoder.vocab_size - ("masked" in parts_of(config))  # one token is the mask
+        path = vocabulary.learn(opened[name], groups, room, progress)
     tokenizer = text.load(path)
     captions = "decoder" in parts_of(config)
     if (encoder.mask_padding or captions) and tokenizer.pad_id != encoder.pad_id:
         raise UserError(
             f"config.model.encoders.text.pad_id: {encoder.pad_id} is not the padding of {path}, {tokenizer.pad_id}"
         )
+    if captions and not config.model.decoder.start and tokenizer.start_id is None:
+        raise UserError(f"config.model.decoder.start: it is off, and {path} has no start token")
     if captions and tokenizer.end_id in (None, tokenizer.pad_id):
         raise UserError(
             f"{path} ends texts with no token, or with padding: captioning could not learn where they end; use a "
@@ -271,8 +274,8 @@ def _schedule(config: ConfigDict, opened: Mapping[str, Mapping[str, sources.Sour
 def _check_space(workdir: Path, state: TrainState) -> None:
     """Two checkpoints of a new run have to fit: the last good one stays until the next one is whole."""
     needed = 2 * space(state)
-    free = shutil.disk_usage(workdir).free
-    if distributed.any_process(jax.process_index() == 0 and needed > free):
+    free = shutil.disk_usage(workdir).free if jax.process_index() == 0 else needed
+    if distributed.any_process(needed > free):
         raise UserError(
             f"no space in the workdir {workdir}: {free / 1e9:.2f} GB free, two checkpoints need {needed / 1e9:.2f} GB"
         )

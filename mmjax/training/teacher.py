@@ -51,11 +51,17 @@ def resized(image: UInt8[Array, "batch height width 3"], size: int) -> UInt8[Arr
     return jnp.round(pixels).clip(0, 255).astype(jnp.uint8)
 
 
-def resolve(config: ConfigDict) -> None:
-    """Writes into the config which checkpoint of the teacher's run "the latest" is, so that a resumed run knows it."""
+def resolve(config: ConfigDict, workdir: Path, resumed: bool) -> None:
+    """Writes into the config which checkpoint of the teacher's run "the latest" is; a resumed run keeps to its own."""
     source = config.teacher.source
-    if reads_teacher(config.objectives) and source != OWN_AVERAGE and not config.teacher.step:
-        config.teacher.step = max(checkpoint.agreed_steps(source), default=0)
+    if not reads_teacher(config.objectives) or source == OWN_AVERAGE or config.teacher.step:
+        return
+    if resumed and (workdir / "config.json").exists():
+        before = api.load_config(workdir).get("teacher", {})
+        if before.get("source") == source:
+            config.teacher.step = before["step"]
+            return
+    config.teacher.step = max(checkpoint.agreed_steps(source), default=0)
 
 
 def make_teacher(
@@ -75,11 +81,19 @@ def make_teacher(
         model = api.load(Path(source), config.teacher.step or None, mesh)
     except UserError as error:
         raise UserError(f"config.teacher.source: {error}") from error
-    if "text" in model.module.parts and model.tokenizer.to_json() != tokenizer.to_json():
+    read = parts_of_teacher(config)
+    if {"text", "masked"} & read and model.tokenizer.to_json() != tokenizer.to_json():
         raise UserError(f"config.teacher.source: {source} was trained with another tokenizer than this run")
-    missing = {*parts_of_teacher(config)} - set(model.module.parts)
+    missing = read - set(model.module.parts)
     if missing:
         raise UserError(f"config.teacher.source: the model of {source} has no {sorted(missing)[0]}")
+    own, other = config.model.encoders.text, model.config.model.encoders.text
+    keys = ("length", "vocab_size") if "masked" in read else ("length",) if "text" in read else ()
+    for key in keys:
+        if own[key] != other[key]:
+            raise UserError(
+                f"config.model.encoders.text.{key}: {own[key]} is not the {other[key]} of the teacher {source}"
+            )
     return Teacher(model.module, model.params, model.config.model.encoders.image.image_size, vocabulary)
 
 
