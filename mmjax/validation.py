@@ -195,7 +195,7 @@ def _check_objectives(config: ConfigDict) -> None:
 
     for name, entry in config.objectives.items():
         for part in PARTS:
-            if part in parts_read(entry) and not config.model[part]:
+            if part in parts_read(entry, config.model) and not config.model[part]:
                 raise UserError(
                     f"config.objectives.{name}: {entry.kind} needs config.model.{part}, which is empty; "
                     f"mmjax.config.{part}() makes one"

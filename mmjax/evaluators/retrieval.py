@@ -124,22 +124,24 @@ class Retrieval:
         images = model.encode_rows("image", len(gallery), load_images, entry.batch_size)
         if unreadable:  # of this process's rows; they were evaluated as grey images
             yield "unreadable_images", float(len(unreadable))
-        places = {image: number for number, image in enumerate(self._images)}
-        text_owners = np.array([places[image] for image, _ in owners])
+        numbers = {image: number for number, image in enumerate(self._images)}
+        text_owners = np.array([numbers[image] for image, _ in owners])
         image_owners = np.arange(len(gallery))
-        yield from _summary("text_to_image", ranks(texts, images, text_owners, image_owners))
+        found = {"text_to_image": ranks(texts, images, text_owners, image_owners)}
         if not entry.gallery_split:
-            yield from _summary("image_to_text", ranks(images, texts, image_owners, text_owners))
+            found["image_to_text"] = ranks(images, texts, image_owners, text_owners)
+        for direction, places in found.items():
+            yield from _summary(direction, places)
         if entry.rerank:
-            yield from self._reranked(model, texts, images, text_owners, load_images, ids)
+            yield from self._reranked(model, texts, images, text_owners, load_images, ids, found)
         if entry.contact_sheet and picture is not None:
             chosen = np.linspace(0, len(captions) - 1, min(SHEET_ROWS, len(captions))).astype(int)
-            found = np.argsort(-(texts[chosen] @ images.T), axis=1, kind="stable")[:, :SHEET_COLUMNS]
+            shown = best(texts[chosen], images, SHEET_COLUMNS)
             contact_sheet.draw(
                 picture,
                 [captions[row] for row in chosen],
-                [evaluation_images(self._gallery, contact_sheet.TILE, "squash", gallery[row])[0] for row in found],
-                [[int(index) == text_owners[row] for index in line] for row, line in zip(chosen, found, strict=True)],
+                [evaluation_images(self._gallery, contact_sheet.TILE, "squash", gallery[row])[0] for row in shown],
+                [[int(index) == text_owners[row] for index in line] for row, line in zip(chosen, shown, strict=True)],
             )
 
     def _reranked(
@@ -150,9 +152,11 @@ class Retrieval:
         text_owners: Int[np.ndarray, " texts"],
         load_images: Callable[[np.ndarray], np.ndarray],
         ids: Int[np.ndarray, "texts length"],
+        found: dict[str, Int[np.ndarray, " queries"]],
     ) -> Iterator[tuple[str, float]]:
         """The metrics after the first `rerank` of each query are put into a new order: by the sum of the matching
-        head's log-odds and the contrastive logit (as "BLIP", Li et al. 2022, adds the two).
+        head's log-odds and the contrastive logit (as "BLIP", Li et al. 2022, adds the two). `found` are the
+        ranks before that, by direction.
         """
         count, size = min(self._entry.rerank, len(images)), self._entry.batch_size
         scale = model.logits()["logit_scale"]
@@ -167,14 +171,13 @@ class Retrieval:
 
         first = best(texts, images, count)
         scores = match(first, np.broadcast_to(np.arange(len(texts))[:, None], first.shape))
-        found = ranks(texts, images, text_owners, np.arange(len(images)))
-        yield from _summary("text_to_image_reranked", reranked(found, scores, first == text_owners[:, None]))
-        if not self._entry.gallery_split:
+        places = reranked(found["text_to_image"], scores, first == text_owners[:, None])
+        yield from _summary("text_to_image_reranked", places)
+        if "image_to_text" in found:
             first = best(images, texts, min(count, len(texts)))
             scores = match(np.broadcast_to(np.arange(len(images))[:, None], first.shape), first)
-            found = ranks(images, texts, np.arange(len(images)), text_owners)
             right = text_owners[first] == np.arange(len(images))[:, None]
-            yield from _summary("image_to_text_reranked", reranked(found, scores, right))
+            yield from _summary("image_to_text_reranked", reranked(found["image_to_text"], scores, right))
 
 
 def best(

@@ -15,8 +15,7 @@ def tower_flops(encoder: Mapping[str, Any], training: bool = False) -> int:
     """
     size = tower_size(encoder)
     if "image_size" in encoder:
-        patch = variants.parse(encoder["variant"])[1]
-        patches = (encoder["image_size"] // patch) ** 2
+        patch, patches = variants.parse(encoder["variant"])[1], patch_count(encoder)
         kept = kept_tokens(patches, encoder["token_drop"]) if training else patches
         tokens = kept + (encoder["pooling"] == "cls")
         embed = patches * patch**2 * 3 * size.width
@@ -28,10 +27,9 @@ def tower_flops(encoder: Mapping[str, Any], training: bool = False) -> int:
     return 2 * (embed + size.depth * (projections + attention) + pooling)
 
 
-def _tokens(encoder: Mapping[str, Any]) -> int:
-    if "image_size" in encoder:
-        return (encoder["image_size"] // variants.parse(encoder["variant"])[1]) ** 2
-    return encoder["length"]
+def patch_count(encoder: Mapping[str, Any]) -> int:
+    """How many patches an image has."""
+    return (encoder["image_size"] // variants.parse(encoder["variant"])[1]) ** 2
 
 
 def part_flops(model: Mapping[str, Any], name: str) -> int:
@@ -39,7 +37,7 @@ def part_flops(model: Mapping[str, Any], name: str) -> int:
     encoders, text = model["encoders"], tower_size(model["encoders"]["text"])
     part = part_size(model[name], text)
     width, length = part["width"], encoders["text"]["length"]
-    seen = part.get("image_queries") or _tokens(encoders["image"])
+    seen = part.get("image_queries") or patch_count(encoders["image"])
     image_width = tower_size(encoders["image"]).width
     if part.get("image") == "prefix":
         length, seen = length + seen, 0

@@ -45,17 +45,18 @@ def inputs_of(entry: Mapping[str, Any]) -> tuple[str, ...]:
     return (*OBJECTIVES[entry["kind"]].inputs, *entry.get("modalities", ()))
 
 
-def parts_read(entry: Mapping[str, Any]) -> tuple[str, ...]:
-    """The parts of the model that an objective reads, where the batch has the inputs for them."""
-    return (*OBJECTIVES[entry["kind"]].parts, *entry.get("modalities", ()))
+def parts_read(entry: Mapping[str, Any], model: Mapping[str, Any]) -> tuple[str, ...]:
+    """The parts of a model (`config.model`) that an objective reads, where the batch has the inputs for them."""
+    parts = (*OBJECTIVES[entry["kind"]].parts, *entry.get("modalities", ()))
+    return (*parts, "text") if "decoder" in parts and model["decoder"].get("reads") == "text" else parts
 
 
 def parts_of(config: Mapping[str, Any]) -> frozenset[str]:
     """The parts of the model (`mmjax.models.multimodal.PARTS`) that a config's objectives read."""
-    parts = {part for entry in config["objectives"].values() for part in parts_read(entry)}
+    parts = {part for entry in config["objectives"].values() for part in parts_read(entry, config["model"])}
     inputs = {name for entry in config["streams"].values() for name in entry["inputs"]}
     parts -= {"image"} - inputs
-    if "masked" in parts or ("decoder" in parts and config["model"]["decoder"].get("reads") == "text"):
+    if "masked" in parts:
         parts.add("text")
     return frozenset(parts)
 

@@ -8,6 +8,7 @@ from jaxtyping import Array
 
 from mmjax.models.outputs import Outputs
 from mmjax.objectives.contrastive import Result
+from mmjax.objectives.counted import mean_result
 
 
 def captioning(
@@ -35,13 +36,10 @@ def captioning(
         at_once = jax.vmap(lambda key: jax.random.bernoulli(key, parallel))(batch["rng"])
     logits = outputs.caption(outputs.text, outputs["image"]["tokens"], at_once)
     labels = ids[:, ids.shape[1] - logits.shape[1] :]
-    counted = (labels != outputs.pad_id).astype(jnp.float32)
+    counted = labels != outputs.pad_id
     if "has_text" in batch:
-        counted *= batch["has_text"][:, None]
+        counted &= batch["has_text"][:, None]
     own = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
     wanted = (1 - label_smoothing) * own + label_smoothing * logits.mean(axis=-1) if label_smoothing else own
     losses = jax.nn.logsumexp(logits, axis=-1) - wanted  # the whole vocabulary's log-probabilities are never kept
-    count = counted.sum()
-    right = (logits.argmax(axis=-1) == labels).astype(jnp.float32)
-    loss, accuracy = ((counted * values).sum() / jnp.maximum(count, 1) for values in (losses, right))
-    return loss, {"accuracy": accuracy, "count": count}
+    return mean_result(counted, losses, logits.argmax(axis=-1) == labels)

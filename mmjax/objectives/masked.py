@@ -8,6 +8,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from mmjax.models.outputs import Outputs, Vocabulary
 from mmjax.objectives.contrastive import Result
+from mmjax.objectives.counted import mean_result
 
 
 def masked(
@@ -43,11 +44,7 @@ def masked(
         shares = jax.lax.stop_gradient(jax.nn.softmax(teacher.predict(teacher.read(hidden), image)))
         wanted = (1 - teacher_weight) * wanted + teacher_weight * (shares * logits).sum(axis=-1)
     losses = jax.nn.logsumexp(logits, axis=-1) - wanted
-    counted = chosen.astype(jnp.float32)
-    count = counted.sum()
-    right = (logits.argmax(axis=-1) == ids).astype(jnp.float32)
-    loss, accuracy = ((counted * values).sum() / jnp.maximum(count, 1) for values in (losses, right))
-    return loss, {"accuracy": accuracy, "count": count}
+    return mean_result(chosen, losses, logits.argmax(axis=-1) == ids)
 
 
 def choose_words(

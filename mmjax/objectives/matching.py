@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from mmjax.models.multimodal import Text
 from mmjax.models.outputs import Outputs
 from mmjax.objectives.contrastive import Result
+from mmjax.objectives.counted import mean_result
 
 
 def matching(outputs: Outputs, batch: Mapping[str, Array], rng: Array) -> Result:
@@ -44,12 +45,9 @@ def matching(outputs: Outputs, batch: Mapping[str, Array], rng: Array) -> Result
     labels = jnp.repeat(jnp.array([1, 0, 0]), len(ids), total_repeat_length=3 * len(ids))
     there = jnp.ones(len(ids), bool) if batch.get("has_text") is None else batch["has_text"]
     has_wrong = usable.any(axis=1)
-    counted = jnp.concatenate([there, has_wrong, has_wrong]).astype(jnp.float32)
-    count = counted.sum()
+    counted = jnp.concatenate([there, has_wrong, has_wrong])
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-    right = (logits.argmax(axis=1) == labels).astype(jnp.float32)
-    loss, accuracy = ((counted * values).sum() / jnp.maximum(count, 1) for values in (losses, right))
-    return loss, {"accuracy": accuracy, "count": count}
+    return mean_result(counted, losses, logits.argmax(axis=1) == labels)
 
 
 def wrong_pairs(

@@ -73,10 +73,8 @@ class _Part:
         self.entries, self._module, self._vocabulary, self._freeze = entries, module, vocabulary, freeze
         self._names, self._teacher = names, teacher
         self.needs_teacher = reads_teacher(entries)
-        parts = {part for entry in entries.values() for part in parts_read(entry)}
+        parts = {part for entry in entries.values() for part in parts_read(entry, module.config)}
         self._modalities = [name for name in module.config["encoders"] if name in module.parts and name in parts]
-        if "decoder" in parts and module.config["decoder"]["reads"] == "text" and "text" not in self._modalities:
-            self._modalities.append("text")
 
     def gradient(
         self,

@@ -100,4 +100,4 @@ def make_teacher(
 def parts_of_teacher(config: ConfigDict) -> set[str]:
     """The parts of the teacher that the config's objectives read."""
     readers = [entry for entry in config.objectives.values() if reads_teacher({"": entry})]
-    return {part for entry in readers for part in parts_read(entry)}
+    return {part for entry in readers for part in parts_read(entry, config.model)}
