@@ -14,15 +14,17 @@ fi
 folder=$1
 shift
 mkdir -p "$folder"
-if kill -0 "$(cat "$folder/pid" 2>/dev/null)" 2>/dev/null; then
+# The command inherits the lock: a number left in FOLDER/pid, by then another process's, says nothing.
+exec 9>"$folder/lock"
+if ! flock -n 9; then
   echo "detached.sh: it runs already; its output:" >&2
-  exec tail -n 100 -f --pid="$(cat "$folder/pid")" "$folder/log"
+  exec tail -n 100 -f --pid="$(cat "$folder/pid")" "$folder/log" 9>&-
 fi
 [ ! -s "$folder/log" ] || mv "$folder/log" "$folder/log.before"
 : >"$folder/log"
 setsid "$@" >>"$folder/log" 2>&1 </dev/null &
 echo $! >"$folder/pid"
-tail -n +1 -f --pid=$! "$folder/log"
+tail -n +1 -f --pid=$! "$folder/log" 9>&-
 wait $!
 code=$?
 rm "$folder/pid"

@@ -11,7 +11,7 @@ import numpy as np
 from flax.core import FrozenDict
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Float, PyTree
+from jaxtyping import Float, Int, PyTree
 from ml_collections import ConfigDict
 from PIL import Image
 
@@ -24,8 +24,9 @@ from mmjax.models.multimodal import MultimodalModel, Text
 from mmjax.objectives import parts_of
 from mmjax.sharding import distributed
 from mmjax.sharding.mesh import make_mesh
-from mmjax.sharding.rules import batch_sharding
+from mmjax.sharding.rules import batch_sharding, constrain
 from mmjax.training import checkpoint
+from mmjax.validation import check_divides
 
 Embeddings = Float[np.ndarray, "rows embed_dim"]
 LoadRows = Callable[[np.ndarray], np.ndarray]  # row numbers -> their inputs
@@ -67,22 +68,24 @@ class Model:
         def encode(params: PyTree, inputs: jax.Array, modality: str) -> jax.Array:
             return module.apply({"params": params}, modality, inputs, method="encode")["embedding"]
 
-        def match(params: PyTree, batch: dict[str, jax.Array]) -> jax.Array:
-            def tower(modality: str) -> tuple:
-                return module.apply({"params": params}, modality, batch[modality], method="tokens")
+        def tokens(params: PyTree, inputs: jax.Array, modality: str) -> tuple:
+            return module.apply({"params": params}, modality, inputs, method="tokens")
 
-            text = Text(batch["text"], *tower("text"))
-            logits = module.apply({"params": params}, text, tower("image")[0], method="match")
+        def match(params: PyTree, batch: dict[str, jax.Array], images: jax.Array) -> jax.Array:
+            text = Text(batch["text"], *tokens(params, batch["text"], "text"))
+            image = constrain(images[batch["place"]], "batch", None, "embed")
+            logits = module.apply({"params": params}, text, image, method="match")
             return logits[:, 1] - logits[:, 0]
 
         def caption(params: PyTree, batch: dict[str, jax.Array], seed: int, strategy: Strategy) -> tuple:
-            tokens, _ = module.apply({"params": params}, "image", batch["image"], method="tokens")
+            image, _ = tokens(params, batch["image"], "image")
             prompt, end_id = (batch["prompt"], batch["prompt_length"]), self.tokenizer.end_id
             rng = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), batch["row"])
-            return generate(module, params, tokens, *prompt, rng, end_id, strategy)
+            return generate(module, params, image, *prompt, rng, end_id, strategy)
 
         replicated = NamedSharding(mesh, P())
         self._encode = jax.jit(encode, static_argnames="modality", out_shardings=replicated)
+        self._tokens = jax.jit(tokens, static_argnames="modality")
         self._match = jax.jit(match, out_shardings=replicated)
         self._caption = jax.jit(caption, static_argnames="strategy", out_shardings=replicated)
         self._logits = jax.jit(lambda params: module.apply({"params": params}, method="logits"))
@@ -143,17 +146,39 @@ class Model:
         """
         if len(images) != len(texts):
             raise UserError(f"{len(images)} images and {len(texts)} texts are no pairs")
-        ids = self.tokenizer.encode(list(texts), self.config.model.encoders.text.length)
-        return 1 / (1 + np.exp(-self.match_rows(len(images), self._loader(images), lambda rows: ids[rows])))
+        ids, rows = self.tokenizer.encode(list(texts), self.config.model.encoders.text.length), np.arange(len(images))
+        return 1 / (1 + np.exp(-self.match_rows(rows, rows, self._loader(images), lambda rows: ids[rows])))
 
     def match_rows(
-        self, count: int, load_images: LoadRows, load_texts: LoadRows, batch_size: int = BATCH_SIZE
+        self,
+        images: Int[np.ndarray, " pairs"],
+        texts: Int[np.ndarray, " pairs"],
+        load_images: LoadRows,
+        load_texts: LoadRows,
+        batch_size: int = BATCH_SIZE,
     ) -> Float[np.ndarray, " pairs"]:
-        """The log-odds of `match` for `count` pairs; the loaders give pixels and token ids, as in `encode_rows`."""
+        """The log-odds of `match` for pairs of an image row and a text row; an image is encoded once for all its pairs.
+
+        The loaders give pixels and token ids, as in `encode_rows`; `batch_size` is that of images, and of pairs.
+        """
         self._needs("matching", "match images and texts")
-        parts = [np.zeros(0, np.float32)]
-        loaders = {"image": load_images, "text": load_texts}
-        return np.concatenate([*parts, *self._batches(self._match, count, loaders, batch_size)])
+        odds, distinct = np.zeros(len(images), np.float32), np.unique(images)
+        loaders = {"image": lambda rows: load_images(distinct[rows])}
+        for block, batch in self._placed(len(distinct), loaders, batch_size):
+            with jax.set_mesh(self.mesh):
+                tokens, _ = self._tokens(self.params, batch["image"], modality="image")
+            own = np.flatnonzero(np.isin(images, distinct[block]))
+            odds[own] = self._match_all(
+                tokens, np.searchsorted(distinct[block], images[own]), texts[own], load_texts, batch_size
+            )
+        return odds
+
+    def _match_all(
+        self, tokens: jax.Array, places: np.ndarray, texts: np.ndarray, load_texts: LoadRows, batch_size: int
+    ) -> np.ndarray:
+        """Log-odds of the images whose tokens stand at these places, each with a text."""
+        loaders = {"place": lambda rows: places[rows], "text": lambda rows: load_texts(texts[rows])}
+        return np.concatenate([*self._batches(partial(self._match, images=tokens), len(places), loaders, batch_size)])
 
     def caption(
         self, images: Sequence[Any], prompts: Sequence[str] | None = None, seed: int = 0, **strategy: Any
@@ -230,6 +255,16 @@ class Model:
         self, run: Callable[..., PyTree], count: int, loaders: dict[str, LoadRows], batch_size: int
     ) -> Iterator[PyTree[np.ndarray]]:
         """What `run(params, batch)` returns for all rows, batch by batch."""
+        for rows, batch in self._placed(count, loaders, batch_size):
+            with jax.set_mesh(self.mesh):
+                result = distributed.replicated_to_host(run(self.params, batch))
+            yield jax.tree.map(lambda x, rows=rows: x[: rows.stop - rows.start], result)
+            self._on_batch()
+
+    def _placed(
+        self, count: int, loaders: dict[str, LoadRows], batch_size: int
+    ) -> Iterator[tuple[slice, dict[str, jax.Array]]]:
+        """All rows on the devices, batch by batch, with which they are; the last batch repeats the last row."""
         devices = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
         batch_size = -(-batch_size // devices) * devices
         sharding = batch_sharding(self.mesh)
@@ -238,9 +273,7 @@ class Model:
             local = {name: load(np.minimum(start + rows, count - 1)) for name, load in loaders.items()}
             with jax.set_mesh(self.mesh):
                 batch = distributed.to_devices(local, rows, sharding, batch_size)
-                result = distributed.replicated_to_host(run(self.params, batch))
-            yield jax.tree.map(lambda x, start=start: x[: count - start], result)
-            self._on_batch()
+            yield slice(start, min(start + batch_size, count)), batch
 
 
 def load(workdir: str | Path, step: int | None = None, mesh: Mesh | None = None) -> Model:
@@ -255,10 +288,11 @@ def load(workdir: str | Path, step: int | None = None, mesh: Mesh | None = None)
       The model, with the averaged parameters where the run keeps an average.
 
     Raises:
-      UserError: there is no such run or checkpoint.
+      UserError: there is no such run or checkpoint, or the mesh does not divide the model's parameters.
     """
     config = load_config(workdir)
     mesh = mesh or make_mesh()
+    check_divides(config.model, mesh.shape["fsdp"], mesh.shape["tensor"])
     steps = checkpoint.agreed_steps(workdir)
     found = max(steps, default=None) if step is None else step
     if found not in steps:

@@ -339,7 +339,6 @@ def _check_stream(config: ConfigDict, name: str) -> None:
 
 
 def _check_mesh(config: ConfigDict, device_count: int) -> None:
-    from mmjax.models.multimodal import part_size, tower_size
     from mmjax.sharding.mesh import mesh_shape
 
     data, fsdp, tensor = mesh_shape((config.mesh.data, config.mesh.fsdp, config.mesh.tensor), device_count)
@@ -356,7 +355,18 @@ def _check_mesh(config: ConfigDict, device_count: int) -> None:
                 f"config.evaluators.{name}.batch_size: {entry.batch_size} is not divisible by mesh.data {data} x "
                 f"mesh.fsdp {fsdp}"
             )
-    for name, encoder in config.model.encoders.items():
+    check_divides(config.model, fsdp, tensor)
+
+
+def check_divides(model: ConfigDict, fsdp: int, tensor: int) -> None:
+    """Checks that a mesh with axes of these sizes divides a model's parameters.
+
+    Raises:
+      UserError: it does not; the message names the size.
+    """
+    from mmjax.models.multimodal import part_size, tower_size
+
+    for name, encoder in model.encoders.items():
         size = tower_size(encoder)
         split = {"heads": (size.heads, "tensor", tensor), "mlp_dim": (size.mlp_dim, "tensor", tensor)}
         split["width"] = (size.width, "fsdp", fsdp)
@@ -364,8 +374,8 @@ def _check_mesh(config: ConfigDict, device_count: int) -> None:
             split["vocab_size"] = (encoder.vocab_size, "tensor", tensor)
         _check_divides(split, f"model.encoders.{name}")
     for name in PARTS:
-        if config.model[name]:
-            part = part_size(config.model[name].to_dict(), tower_size(config.model.encoders.text))
+        if model[name]:
+            part = part_size(model[name].to_dict(), tower_size(model.encoders.text))
             split = {"heads": (part["heads"], "tensor", tensor), "mlp_dim": (part["mlp_dim"], "tensor", tensor)}
             _check_divides(split | {"width": (part["width"], "fsdp", fsdp)}, f"model.{name}")
 

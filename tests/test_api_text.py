@@ -70,11 +70,24 @@ def test_matching_is_a_probability_for_each_pair(openmoji_folder):
     found = one.match(IMAGES, texts)
     assert found.shape == (5,) and found.dtype == np.float32
     assert ((found > 0) & (found < 1)).all() and len(set(found.tolist())) == 5
-    load, ids = one._loader(IMAGES), one.tokenizer.encode(texts, 8)
-    arguments = 5, load, lambda rows: ids[rows]
+    load, ids, rows = one._loader(IMAGES), one.tokenizer.encode(texts, 8), np.arange(5)
+    arguments = rows, rows, load, lambda rows: ids[rows]
     odds = np.log(found / (1 - found))
     np.testing.assert_allclose(one.match_rows(*arguments, batch_size=2), odds, atol=1e-5)
     np.testing.assert_allclose(model(devices=8).match_rows(*arguments, batch_size=8), odds, atol=1e-5)
+    loaded = []
+
+    def counted(rows):
+        loaded.extend(rows)
+        return load(rows)
+
+    # In any order, and more pairs of an image than a batch holds: it is loaded once.
+    images, of = np.array([4, 0, 4, 4, 1, 0, 4]), np.array([4, 0, 1, 0, 1, 2, 2])
+    many = one.match_rows(images, of, counted, lambda rows: ids[rows], batch_size=3)
+    single = [one.match(IMAGES[[i]], [texts[t]])[0] for i, t in zip(images, of, strict=True)]
+    np.testing.assert_allclose(1 / (1 + np.exp(-many)), single, atol=1e-5)
+    assert sorted(loaded) == [0, 1, 4]
+    assert one.match_rows(rows[:0], rows[:0], load, lambda rows: ids[rows]).shape == (0,)
     swapped = one.match(IMAGES[[1, 0]], texts[:2])
     assert np.abs(swapped - found[:2]).min() > 1e-4
     with jax.set_mesh(one.mesh):

@@ -127,3 +127,11 @@ def test_detached_outlives_what_started_it(tmp_path):
     first.wait(60)
     again = subprocess.run([*script, *command], capture_output=True, text=True, timeout=60)
     assert "it runs already" in again.stderr and again.stdout == "late\n" and (tmp_path / "done").exists()
+
+
+def test_detached_starts_anew_where_a_number_was_left_by_what_did_not_end_itself(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "pid").write_text(str(os.getpid()))  # after a reboot it may be anybody's
+    script = [str(ROOT / "launch" / "detached.sh"), str(tmp_path / "run")]
+    result = subprocess.run([*script, "echo", "made"], capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stdout) == (0, "made\n")

@@ -1,11 +1,11 @@
 """Evaluators by name.
 
-An evaluator is made from its entry in `config.evaluators`; `open()` checks its data; `evaluate(model, picture)` yields
-`(metric name, value)` and may draw a picture to that path. It reads the model only through
-`mmjax.api.Model`. A new one is a file here and a line below.
+An evaluator is made from its entry in `config.evaluators`; `open(beat)` checks its data;
+`evaluate(model, picture)` yields `(metric name, value)` and may draw a picture to that path. It reads the model only
+through `mmjax.api.Model`. A new one is a file here and a line below.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax
@@ -19,18 +19,18 @@ EVALUATORS = {"retrieval": Retrieval, "captions": Captions}
 
 
 class Evaluation:
-    """All evaluators of a config, their data opened.
+    """All evaluators of a config, their data opened; `beat` is called for every record that is read for it.
 
     Raises:
       UserError: an evaluator's data will not do; the message names its key.
     """
 
-    def __init__(self, entries: Mapping):
+    def __init__(self, entries: Mapping, beat: Callable[[], None] = lambda: None):
         self._entries = entries
         self._made = {name: EVALUATORS[entry.kind](entry) for name, entry in entries.items()}
         for name, evaluator in self._made.items():
             try:
-                evaluator.open()
+                evaluator.open(beat)
             except UserError as error:
                 raise UserError(f"config.evaluators.{name}: {error}") from error
 

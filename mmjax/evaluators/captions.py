@@ -1,6 +1,6 @@
 """Captioning of held-out images: how many captions are exactly one of the image's own."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 
@@ -25,17 +25,16 @@ class Captions:
     def _source(self):
         return open_entry(self._entry)
 
-    @cached_property
-    def _wanted(self) -> list[list[str]]:
-        return [captions_of(self._source[index], self._entry.captions) for index in range(len(self._source))]
-
-    def open(self) -> None:
+    def open(self, beat: Callable[[], None] = lambda: None) -> None:
         """Opens the data and checks it.
 
         Raises:
           UserError: it is missing, or a record lacks captions.
         """
-        _ = self._wanted
+        self._wanted = []
+        for index in range(len(self._source)):
+            self._wanted.append(captions_of(self._source[index], self._entry.captions))
+            beat()
 
     def evaluate(self, model: Model, picture: Path | None = None) -> Iterator[tuple[str, float]]:
         """Yields `exact_match`: the share of captions that are one of the image's own, up to case and spaces."""

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from mmjax.api import Model
 from mmjax.data.pipeline import captions_of, evaluation_images, pixels_or_bytes
-from mmjax.data.sources import open_entry
+from mmjax.data.sources import Source, open_entry
 from mmjax.errors import UserError
 from mmjax.evaluators import contact_sheet
 
@@ -58,7 +58,7 @@ class Retrieval:
     """
 
     def __init__(self, entry: ConfigDict):
-        self._entry = entry
+        self._entry, self._beat = entry, lambda: None
 
     @cached_property
     def _queries(self):
@@ -69,12 +69,13 @@ class Retrieval:
         split = self._entry.gallery_split
         return open_entry(self._entry.to_dict() | {"split": split}) if split else self._queries
 
-    def open(self) -> None:
+    def open(self, beat: Callable[[], None] = lambda: None) -> None:
         """Opens the data and checks it.
 
         Raises:
           UserError: it is missing, a record lacks captions, or the gallery lacks an image of the captions.
         """
+        self._beat = beat
         _, owners = self._captions
         missing = [key for image, key in owners if image not in self._images]
         if missing:
@@ -87,11 +88,15 @@ class Retrieval:
     def _images(self) -> dict[Hashable, int]:
         """What tells each image of the gallery from the others, and the number of the first record that has it."""
         found: dict[Hashable, int] = {}
-        for index in range(len(self._gallery)):
-            record = self._gallery[index]
+        for index, record in enumerate(self._records(self._gallery)):
             if found.setdefault(self._identity(record), index) != index and self._entry.match == "record":
                 raise UserError(f'several records have the key {record["key"]!r}: set match to "image"')
         return found
+
+    def _records(self, source: Source) -> Iterator[dict]:
+        for index in range(len(source)):
+            yield source[index]
+            self._beat()
 
     def _identity(self, record: dict) -> Hashable:
         """Equal for records of the same image: the image's bytes (their digest), or the record's key."""
@@ -101,8 +106,7 @@ class Retrieval:
     def _captions(self) -> tuple[list[str], list[tuple[Hashable, str]]]:
         """All captions, and for each the image that it belongs to and the key of its record."""
         captions, owners = [], []
-        for index in range(len(self._queries)):
-            record = self._queries[index]
+        for record in self._records(self._queries):
             for caption in captions_of(record, self._entry.captions):
                 captions.append(caption)
                 owners.append((self._identity(record), record["key"]))
@@ -162,10 +166,7 @@ class Retrieval:
         scale = model.logits()["logit_scale"]
 
         def match(image_rows: np.ndarray, text_rows: np.ndarray) -> np.ndarray:
-            pairs = image_rows.ravel(), text_rows.ravel()
-            odds = model.match_rows(
-                len(pairs[0]), lambda rows: load_images(pairs[0][rows]), lambda rows: ids[pairs[1][rows]], size
-            )
+            odds = model.match_rows(image_rows.ravel(), text_rows.ravel(), load_images, lambda rows: ids[rows], size)
             cosines = (images[image_rows] * texts[text_rows]).sum(axis=-1)
             return odds.reshape(image_rows.shape) + scale * cosines
 

@@ -47,7 +47,10 @@ def taken_over(init_from: ConfigDict, shapes: PyTree, mesh: Mesh) -> dict[str, A
 
 
 def replacing(make_state: Callable[[], TrainState], taken: Mapping[str, Array]) -> Callable[[], TrainState]:
-    """`make_state`, already compiled, with these parameters in place of its own, also in their moving average."""
+    """`make_state`, already compiled, with these parameters in place of its own, also in their moving average.
+
+    What is made can be called once: the parameters that were taken are moved into the state.
+    """
 
     def replace(state: TrainState, taken: Mapping[str, Array]) -> TrainState:
         def of(path: tuple, leaf: Array) -> Array:  # copied, since the first step is given its buffers for good
@@ -59,7 +62,7 @@ def replacing(make_state: Callable[[], TrainState], taken: Mapping[str, Array]) 
     def make() -> TrainState:
         state = make_state()
         shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-        return jax.jit(replace, donate_argnums=0, out_shardings=shardings)(state, taken)
+        return jax.jit(replace, donate_argnums=(0, 1), out_shardings=shardings)(state, taken)
 
     return make if taken else make_state
 

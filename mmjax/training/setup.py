@@ -76,7 +76,7 @@ def prepare(config: ConfigDict, workdir: Path, beat: Callable[[], None] = lambda
         name: {part: source.fingerprint for part, source in parts.items()} for name, parts in opened.items()
     }
     _check_data(config, workdir, saved, fingerprints)
-    evaluation = Evaluation(config.evaluators)
+    evaluation = Evaluation(config.evaluators, beat)
     tokenizer = _tokenizer(config, workdir, bool(saved), opened, progress)
     _check_processes(fingerprints, tokenizer)
     steps, schedule = _schedule(config, opened)

@@ -9,7 +9,7 @@ from mmjax.data import image
 from mmjax.data.pipeline import evaluation_images
 from mmjax.data.sources import open_source
 from mmjax.errors import UserError
-from mmjax.evaluators import contact_sheet, retrieval
+from mmjax.evaluators import Evaluation, contact_sheet, retrieval
 from tests.data import samples
 
 
@@ -147,9 +147,10 @@ class Oracle:
     def known(self, images):
         return np.abs(images.mean(axis=(1, 2, 3))[:, None] - self.means).argmin(axis=1)
 
-    def match_rows(self, count, load_images, load_texts, batch_size):
-        self.pairs, rows = count, np.arange(count)
-        return np.where(self.known(load_images(rows)) == load_texts(rows)[:, 0], self.sure, 0).astype(np.float32)
+    def match_rows(self, images, texts, load_images, load_texts, batch_size):
+        self.pairs = len(images)
+        belong = self.known(load_images(images)) == load_texts(texts)[:, 0]
+        return np.where(belong, self.sure, 0).astype(np.float32)
 
     def logits(self):
         return {"logit_scale": 10.0, "logit_bias": 0.0}
@@ -208,6 +209,15 @@ def test_one_row_for_each_caption_and_keys_that_repeat_are_the_same_images(tmp_p
         metrics = dict(evaluator.evaluate(Oracle()))
         assert metrics["text_to_image_R@1"] == metrics["image_to_text_R@1"] == 1.0, source
         assert metrics["image_to_text_mean_rank"] == 1.0 and "unreadable_images" not in metrics
+
+
+def test_every_record_that_is_read_at_the_start_is_a_sign_of_life(tmp_path):
+    source = samples.write_all(tmp_path)["webdataset"]
+    entries = {"retrieval": configs.retrieval(source=source, split="")}
+    entries["captions"] = configs.captions(source=source, split="")
+    beats = []
+    Evaluation(entries, lambda: beats.append(1))
+    assert len(beats) == 3 * samples.COUNT  # retrieval reads captions and images
 
 
 def test_captions_may_belong_to_their_record_alone(tmp_path):

@@ -9,6 +9,7 @@ import pytest
 from mmjax import api
 from mmjax import config as configs
 from mmjax.errors import UserError
+from mmjax.sharding.mesh import make_mesh
 from mmjax.training import loop, setup
 from mmjax.training.checkpoint import saved_steps
 from tests import tiny
@@ -68,3 +69,8 @@ def test_what_does_not_fit_the_student_is_told(teacher, tmp_path):
         setup.prepare(student(teacher, length=10), tmp_path / "length")
     with pytest.raises(UserError, match="config.teacher.source: .*nowhere"):
         setup.prepare(student(tmp_path / "nowhere"), tmp_path / "missing")
+
+
+def test_a_mesh_that_does_not_divide_a_model_is_told_before_it_is_read(teacher):
+    with pytest.raises(UserError, match="model.encoders.image.width: 32 is not divisible by mesh.fsdp 3"):
+        api.load(teacher, mesh=make_mesh(fsdp=3, devices=jax.devices()[:3]))
