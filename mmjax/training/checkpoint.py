@@ -2,9 +2,12 @@
 
 import errno
 import functools
+import gc
+import inspect
 import json
 import os
 import shutil
+import sys
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -154,16 +157,17 @@ class Checkpoints:
 
     def _restore_arrays(self, step: int, targets: Mapping[str, PyTree]) -> dict[str, PyTree]:
         written, found, fault = {}, {}, None
-        try:
-            with self._damage_told(step):
-                written = self._read_json(step, "checksums")
-                self._check_arrays(step, targets, written)
-                for name, target in targets.items():
-                    # Not through the manager: a process that fails would not come to the barrier at its end.
-                    folder = epath.Path(self._path / str(step) / name)
-                    found[name] = _reader().restore(folder, args=ocp.args.StandardRestore(target))
-        except DamagedCheckpoint as error:
-            fault = error
+        with _leftovers_dropped():
+            try:
+                with self._damage_told(step):
+                    written = self._read_json(step, "checksums")
+                    self._check_arrays(step, targets, written)
+                    for name, target in targets.items():
+                        # Not through the manager: a process that fails would not come to the barrier at its end.
+                        folder = epath.Path(self._path / str(step) / name)
+                        found[name] = _reader().restore(folder, args=ocp.args.StandardRestore(target))
+            except DamagedCheckpoint as error:
+                fault = DamagedCheckpoint(str(error))  # what it came from would keep what was being read
         # Each process reads its own part; the checksums are computed by all together.
         if distributed.any_process(fault is not None):
             raise fault or DamagedCheckpoint(f"checkpoint {self._path / str(step)} is damaged for another process")
@@ -229,6 +233,18 @@ class Checkpoints:
                 f"no space left in {self._path} for a checkpoint; {goes_on}; free some space, and the same command "
                 "goes on from there"
             ) from error
+
+
+@contextmanager
+def _leftovers_dropped() -> Iterator[None]:
+    """Where one of orbax's reads fails, the others are dropped as they are: without this, each prints a traceback."""
+    hook = sys.unraisablehook
+    sys.unraisablehook = lambda fault: None if inspect.iscoroutine(fault.object) else hook(fault)
+    try:
+        yield
+        gc.collect()
+    finally:
+        sys.unraisablehook = hook
 
 
 @functools.cache

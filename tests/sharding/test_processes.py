@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
@@ -48,8 +49,14 @@ def start_two(*arguments):
     ]
 
 
+def outputs_of(processes, timeout=300):
+    """What they said until they ended. Read at the same time: a process stops at a full pipe, and the other waits."""
+    with ThreadPoolExecutor() as pool:
+        return [output for output, _ in pool.map(lambda process: process.communicate(timeout=timeout), processes)]
+
+
 def finish(processes, code):
-    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    outputs = outputs_of(processes)
     assert [process.returncode for process in processes] == [code, code], outputs
     return outputs
 
@@ -103,8 +110,8 @@ def test_one_of_two_processes_is_killed_and_both_started_again(two, tmp_path):
     while processes[0].poll() is None and max((line["step"] for line in read_metrics(path)), default=0) < 7:
         time.sleep(0.01)
     processes[1].kill()
-    codes = [process.communicate(timeout=100) and process.returncode for process in processes]
-    assert 0 not in codes, codes
+    outputs = outputs_of(processes, timeout=100)
+    assert all(process.returncode != 0 for process in processes), outputs
     shutil.copytree(tmp_path / "killed", tmp_path / "alone")
     finish(start_two(*ARGUMENTS, f"--workdir={tmp_path / 'killed'}"), 0)
     jax.tree.map(np.testing.assert_array_equal, api.load(tmp_path / "killed").params, api.load(two[0]).params)
@@ -130,7 +137,7 @@ def test_when_one_of_two_processes_is_stuck_both_end_and_say_where(tmp_path, ope
         time.sleep(0.05)
     (worker,) = programs.loader_processes(processes[1])
     os.kill(worker, signal.SIGSTOP)
-    outputs = [process.communicate(timeout=200)[0] for process in processes]
+    outputs = outputs_of(processes, timeout=200)
     # Whoever is first ends the other one, whose coordinator or peer is then gone.
     assert EXIT_HUNG in [process.returncode for process in processes], outputs
     assert all(process.returncode != 0 for process in processes)

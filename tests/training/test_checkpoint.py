@@ -1,3 +1,5 @@
+import asyncio
+import gc
 import shutil
 import subprocess
 import sys
@@ -8,7 +10,7 @@ import pytest
 
 from mmjax import api
 from mmjax.errors import UserError
-from mmjax.training import loop, setup
+from mmjax.training import checkpoint, loop, setup
 from mmjax.training.checkpoint import Checkpoints, checksums, saved_steps
 from tests import programs, tiny
 
@@ -203,6 +205,40 @@ def test_a_damaged_checkpoint_is_not_loaded(finished, tmp_path):
     with pytest.raises(UserError, match=r"checkpoint .*6 is damaged"):
         api.load(workdir)
     assert api.load(workdir, step=4).step == 4
+
+
+def test_the_reads_that_are_dropped_when_one_fails_print_nothing(finished, tmp_path, monkeypatch):
+    """Orbax leaves them waiting in an event loop that is closed; each complains when it is collected."""
+    workdir, complaints = interrupted(finished, tmp_path), []
+
+    async def waiting():
+        try:
+            await asyncio.Event().wait()
+        except BaseException as error:
+            raise ValueError("where it stopped") from error
+
+    async def failing():
+        raise ValueError("cut short")
+
+    class Reader:
+        @staticmethod
+        def restore(*_, **__):
+            async def read():
+                return await asyncio.gather(waiting(), failing(), waiting())
+
+            loop = asyncio.new_event_loop()
+            try:
+                return loop.run_until_complete(read())
+            finally:
+                loop.close()
+
+    monkeypatch.setattr(checkpoint, "_reader", Reader)
+    monkeypatch.setattr(sys, "unraisablehook", complaints.append)
+    hook = sys.unraisablehook
+    with pytest.raises(UserError, match=r"checkpoint .*6 is damaged: cut short"):
+        api.load(workdir)
+    gc.collect()
+    assert not complaints and sys.unraisablehook is hook
 
 
 def test_checkpoints_hold_no_pickle(finished):
