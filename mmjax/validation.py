@@ -26,6 +26,7 @@ _NAMES = dict.fromkeys(("captions", "inputs", "modalities", "objectives", "parts
 _ELEMENTS = _NAMES | {"caption_weights": (int, float), "color_jitter": (int, float)}
 _ELEMENTS_NAMED = {key: "names" if kind is str else "numbers" for key, kind in _ELEMENTS.items()}
 OPTIMIZERS = ("adamw", "adafactor", "lion", "muon")
+TRAIN_EMBEDDINGS = {"softmax", "sigmoid", "feature_distillation", "similarity_distillation"}
 
 
 def validate(config: ConfigDict, device_count: int) -> None:
@@ -221,6 +222,12 @@ def _check_objectives(config: ConfigDict) -> None:
     if unused := sorted({*config.objectives} - fed):
         raise UserError(f"config.objectives.{unused[0]}: no stream trains it; name it in a stream's objectives")
     parts, text = parts_of(config), config.model.encoders.text
+    kinds = {entry.kind: name for name, entry in config.objectives.items()}
+    if "matching" in kinds and not kinds.keys() & TRAIN_EMBEDDINGS and not config.init_from.workdir:
+        raise UserError(
+            f"config.objectives.{kinds['matching']}: it draws wrong pairs by similarities of embeddings, which "
+            "nothing trains; add softmax or sigmoid, or take towers over with init_from"
+        )
     readers = {"masked", "matching"} & parts or (config.model.decoder and config.model.decoder.reads == "text")
     if text.token_drop and (text.pooling == "last" or ("text" in parts and readers)):
         raise UserError("config.model.encoders.text.token_drop: something reads the tokens by their places")

@@ -132,6 +132,16 @@ def test_a_teacher_is_missing_or_needs_a_moving_average():
         validate(config, 1)
 
 
+def test_matching_needs_embeddings_that_mean_something():
+    config = load("albef_b", "quickstart")
+    for name in ("contrastive", "distillation"):
+        del config.objectives[name]
+    with pytest.raises(UserError, match="config.objectives.matching: it draws wrong pairs by .* nothing trains"):
+        validate(config, 1)
+    config.init_from.workdir = "runs/quickstart"
+    validate(config, 1)
+
+
 def test_an_evaluator_needs_what_an_objective_trains():
     config = load("cappa_b", "quickstart")
     config.evaluators.test = configs.retrieval()
