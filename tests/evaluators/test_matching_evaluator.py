@@ -87,7 +87,7 @@ def test_equal_texts_and_captions_of_the_same_image_are_not_wrong(tmp_path):
         "1.png,picture 1",
     ]
     (tmp_path / "rows.csv").write_text("\n".join(["filepath,title", *rows]))
-    for seed in range(9):
+    for seed in range(4):
         _, judge = evaluate(f"csv:{tmp_path}/rows.csv", seed=seed)
         images, texts = (list(column) for column in judge.asked)
         assert images == [0, 0, 1, 2, 1] * 2
@@ -109,7 +109,7 @@ def test_hard_ones_are_among_the_ten_most_similar_that_are_not_the_images_own(tm
     np.testing.assert_array_equal(drawn, wrong_texts(images, texts, own, 0, nearest))
     source = samples.write_all(tmp_path)["webdataset"]
     _, judge = evaluate(source, hard=True)
-    # The oracle finds all other texts equally similar: the first ten that are not the image's own are from pictures 0 to 9.
+    # The oracle finds all other texts equally similar: the first ten that are not the image's own come first.
     wrong = judge.asked[1][len(judge.asked[1]) // 2 :]
     assert {int(text.split()[1]) for text in wrong} <= set(range(HARD)) and not judge.belong[len(wrong) :].any()
 
