@@ -22,6 +22,7 @@ from mmjax.errors import UserError
 from mmjax.models.generate import Strategy, generate
 from mmjax.models.multimodal import MultimodalModel, Text
 from mmjax.objectives import parts_of
+from mmjax.objectives.captioning import labels_of
 from mmjax.sharding import distributed
 from mmjax.sharding.mesh import make_mesh
 from mmjax.sharding.rules import batch_sharding, constrain
@@ -83,11 +84,21 @@ class Model:
             rng = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), batch["row"])
             return generate(module, params, image, *prompt, rng, end_id, strategy)
 
+        def caption_likelihood(params: PyTree, batch: dict[str, jax.Array], images: jax.Array) -> jax.Array:
+            ids, image = batch["text"], constrain(images[batch["place"]], "batch", None, "embed")
+            read = tokens(params, ids, "text") if config.model.decoder.reads == "text" else (None, None)
+            logits = module.apply({"params": params}, Text(ids, *read), image, method="caption")
+            labels, counted = labels_of(ids, logits, config.model.encoders.text.pad_id)
+            own = jax.numpy.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
+            found = jax.numpy.where(counted, own - jax.nn.logsumexp(logits, axis=-1), 0)
+            return jax.numpy.pad(found, ((0, 0), (ids.shape[1] - labels.shape[1], 0)))
+
         replicated = NamedSharding(mesh, P())
         self._encode = jax.jit(encode, static_argnames="modality", out_shardings=replicated)
         self._tokens = jax.jit(tokens, static_argnames="modality")
         self._match = jax.jit(match, out_shardings=replicated)
         self._caption = jax.jit(caption, static_argnames="strategy", out_shardings=replicated)
+        self._caption_likelihood = jax.jit(caption_likelihood, out_shardings=replicated)
         self._logits = jax.jit(lambda params: module.apply({"params": params}, method="logits"))
 
     def with_params(self, params: PyTree, step: int) -> "Model":
@@ -162,23 +173,47 @@ class Model:
         The loaders give pixels and token ids, as in `encode_rows`; `batch_size` is that of images, and of pairs.
         """
         self._needs("matching", "match images and texts")
-        odds, distinct = np.zeros(len(images), np.float32), np.unique(images)
+        return self._of_pairs(self._match, (), images, texts, load_images, load_texts, batch_size)
+
+    def _of_pairs(
+        self,
+        run: Callable[..., jax.Array],
+        shape: tuple[int, ...],
+        images: np.ndarray,
+        texts: np.ndarray,
+        load_images: LoadRows,
+        load_texts: LoadRows,
+        batch_size: int,
+    ) -> np.ndarray:
+        """What `run(params, batch, images)` returns for pairs, of this shape for each; `batch` has texts and the places
+        of their images among the `images`, the tokens of a batch of these.
+        """
+        found, distinct = np.zeros((len(images), *shape), np.float32), np.unique(images)
         loaders = {"image": lambda rows: load_images(distinct[rows])}
         for block, batch in self._placed(len(distinct), loaders, batch_size):
             with jax.set_mesh(self.mesh):
                 tokens, _ = self._tokens(self.params, batch["image"], modality="image")
             own = np.flatnonzero(np.isin(images, distinct[block]))
-            odds[own] = self._match_all(
-                tokens, np.searchsorted(distinct[block], images[own]), texts[own], load_texts, batch_size
+            found[own] = self._of_encoded(
+                partial(run, images=tokens),
+                np.searchsorted(distinct[block], images[own]),
+                texts[own],
+                load_texts,
+                batch_size,
             )
-        return odds
+        return found
 
-    def _match_all(
-        self, tokens: jax.Array, places: np.ndarray, texts: np.ndarray, load_texts: LoadRows, batch_size: int
+    def _of_encoded(
+        self,
+        run: Callable[..., jax.Array],
+        places: np.ndarray,
+        texts: np.ndarray,
+        load_texts: LoadRows,
+        batch_size: int,
     ) -> np.ndarray:
-        """Log-odds of the images whose tokens stand at these places, each with a text."""
+        """What `run` returns for the images whose tokens stand at these places, each with a text."""
         loaders = {"place": lambda rows: places[rows], "text": lambda rows: load_texts(texts[rows])}
-        return np.concatenate([*self._batches(partial(self._match, images=tokens), len(places), loaders, batch_size)])
+        return np.concatenate([*self._batches(run, len(places), loaders, batch_size)])
 
     def caption(
         self, images: Sequence[Any], prompts: Sequence[str] | None = None, seed: int = 0, **strategy: Any
@@ -218,6 +253,27 @@ class Model:
         run = partial(self._caption, seed=seed, strategy=chosen)
         found = self._batches(run, count, loaders, batch_size)
         return [self.tokenizer.decode(row) for ids, _ in found for row in ids]
+
+    def caption_likelihood_rows(
+        self,
+        images: Int[np.ndarray, " captions"],
+        texts: Int[np.ndarray, " captions"],
+        load_images: LoadRows,
+        load_texts: LoadRows,
+        batch_size: int = BATCH_SIZE,
+    ) -> Float[np.ndarray, "captions length"]:
+        """How likely, by the decoder, given captions are: the logarithm of each token's probability given the image and
+        the tokens before it, the end token's too.
+
+        It is 0 for what training does not count: padding (and with it an end token that also pads), and a start token
+        that the decoder is given. Arguments: see `match_rows`; an image is encoded once for all of its captions.
+
+        Raises:
+          UserError: the model was not trained to caption.
+        """
+        self._needs("decoder", "caption images")
+        shape = (self.config.model.encoders.text.length,)
+        return self._of_pairs(self._caption_likelihood, shape, images, texts, load_images, load_texts, batch_size)
 
     def _prompts(self, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Their ids without the end token, and how many they are."""

@@ -249,9 +249,28 @@ def captions(**fields) -> ConfigDict:
     return ConfigDict(_data(split="test") | own | fields)
 
 
+def matching(**fields) -> ConfigDict:
+    """Own and wrong captions of held-out images, told apart by the matching head.
+
+    Wrong ones are drawn with `seed`; with `hard`, from the ten that the embeddings find most similar to the image.
+    """
+    own = {"kind": "matching", "every": 0, "captions": (), "batch_size": 256, "hard": False, "seed": 0}
+    return ConfigDict(_data(split="test") | own | fields)
+
+
+def compositional(**fields) -> ConfigDict:
+    """Captions against swapped foils, or two images against two captions. `source` is a `.jsonl` or `.json` file.
+
+    `by` says what is compared: "cosine" (of embeddings) or "matching" (what the matching head says). `root` is the
+    folder of the images; "" is the file's.
+    """
+    own = {"kind": "compositional", "every": 0, "source": "", "root": "", "by": "cosine", "batch_size": 256}
+    return ConfigDict(own | fields)
+
+
 ENCODERS = {"image": image_encoder, "text": text_encoder}
 PARTS = {"fusion": fusion, "decoder": decoder}
-EVALUATORS = {"retrieval": retrieval, "captions": captions}
+EVALUATORS = {"retrieval": retrieval, "captions": captions, "matching": matching, "compositional": compositional}
 # The options of each kind of objective.
 OBJECTIVES = {
     "sigmoid": {"chunk": 0},

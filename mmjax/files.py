@@ -111,8 +111,25 @@ def names_and_sizes(paths: Sequence[str]) -> list[tuple[str, int]]:
     return [(os.path.basename(path), os.path.getsize(path)) for path in paths]
 
 
+def path_inside(root: str, name: str) -> str:
+    """The real path of the file `name`, a path relative to `root` or absolute, of a list that may be hostile.
+
+    Raises:
+      RecordError: it leads out of `root`, or is no path.
+    """
+    try:
+        real_root = _real(root)
+        path = os.path.realpath(os.path.join(real_root, name))
+        is_inside = os.path.commonpath([real_root, path]) == real_root
+    except ValueError as error:
+        raise RecordError(f"{name!r} is no path") from error  # it holds a NUL character
+    if not is_inside:
+        raise RecordError(f"{name!r} leads out of {root}; set `root` to a folder that it lies in")
+    return path
+
+
 def read_inside(root: str, name: str, limit: int | None = None) -> bytes:
-    """Reads the file `name`, a path relative to `root` or absolute, of a list that may be hostile.
+    """Reads the file `name`: see `path_inside`.
 
     Raises:
       RecordError: it is missing, leads out of `root`, is no regular file, or has more bytes than `limit`, which by
@@ -120,10 +137,7 @@ def read_inside(root: str, name: str, limit: int | None = None) -> bytes:
     """
     limit = MAX_FILE_BYTES if limit is None else limit
     try:
-        real_root = _real(root)
-        path = os.path.realpath(os.path.join(real_root, name))
-        if os.path.commonpath([real_root, path]) != real_root:
-            raise RecordError(f"{name!r} leads out of {root}; set `root` to a folder that it lies in")
+        path = path_inside(root, name)
         # Not blocking: a named pipe without a writer would hang.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         try:
@@ -138,10 +152,6 @@ def read_inside(root: str, name: str, limit: int | None = None) -> bytes:
             os.close(descriptor)
     except OSError as error:
         raise RecordError(f"cannot read {name!r} in {root}: {error.strerror}") from error
-    except ValueError as error:
-        if isinstance(error, RecordError):
-            raise
-        raise RecordError(f"{name!r} is no path") from error  # it holds a NUL character
 
 
 @functools.lru_cache(maxsize=1024)

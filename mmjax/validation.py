@@ -118,6 +118,8 @@ def _check_names(config: ConfigDict) -> None:
     for name, entry in config.evaluators.items():
         if entry.kind == "retrieval":
             _one_of(entry.match, ("image", "record"), f"evaluators.{name}.match")
+        if entry.kind == "compositional":
+            _one_of(entry.by, ("cosine", "matching"), f"evaluators.{name}.by")
     for name, entry in config.streams.items():
         for objective_name in entry.objectives:
             _one_of(objective_name, config.objectives, f"streams.{name}.objectives")
@@ -233,7 +235,8 @@ def _check_objectives(config: ConfigDict) -> None:
         raise UserError("config.model.encoders.text.token_drop: something reads the tokens by their places")
     for name, entry in config.evaluators.items():
         needed = {"image", "decoder"} if entry.kind == "captions" else {"image", "text"}
-        needed |= {"matching"} if entry.get("rerank") else set()
+        if entry.kind == "matching" or entry.get("rerank") or entry.get("by") == "matching":
+            needed.add("matching")
         if missing := sorted(needed - parts):
             raise UserError(f"config.evaluators.{name}: no objective trains what it needs: {missing[0]}")
     source = config.teacher.source
@@ -274,7 +277,7 @@ def _check_training(config: ConfigDict) -> None:
     for name in config.evaluators:
         _at_least(config, f"evaluators.{name}.every", 0)
         _at_least(config, f"evaluators.{name}.batch_size", 1)
-        for key, low in (("rerank", 0), ("beams", 1)):
+        for key, low in (("rerank", 0), ("beams", 1), ("seed", 0)):
             if key in config.evaluators[name]:
                 _at_least(config, f"evaluators.{name}.{key}", low)
     _share(config.loader.max_broken_fraction, "loader.max_broken_fraction")

@@ -10,6 +10,8 @@ from mmjax import api
 from mmjax import config as configs
 from mmjax.data import sources, text
 from mmjax.errors import UserError
+from mmjax.models.outputs import Outputs
+from mmjax.objectives import captioning
 from mmjax.sharding.mesh import make_mesh
 from tests import tiny
 
@@ -17,20 +19,21 @@ IMAGES = np.random.default_rng(0).integers(0, 256, (5, 28, 28, 3), np.uint8)
 PROMPTS = ["", "a dog", "red", "the flag of", "woman running"]
 
 
-def config_of(everything=True):
+def config_of(everything=True, **decoder):
     config = tiny.get_config()
     config.model.encoders.image.depth = config.model.encoders.text.depth = 1
     if everything:
-        config.model.fusion, config.model.decoder = configs.fusion(depth=1), configs.decoder(depth=1)
+        config.model.fusion, config.model.decoder = configs.fusion(depth=1), configs.decoder(depth=1, **decoder)
+        config.model.encoders.text.causal = decoder.get("reads") == "text"
         config.objectives.matching = configs.objective(kind="matching")
         config.objectives.captioning = configs.objective(kind="captioning")
     return config
 
 
 @cache
-def model(devices=1, everything=True):
+def model(devices=1, everything=True, **decoder):
     """Random parameters of one size; the tokenizer of the embedded data."""
-    config, mesh = config_of(everything), make_mesh(devices=jax.devices()[:devices])
+    config, mesh = config_of(everything, **decoder), make_mesh(devices=jax.devices()[:devices])
     with jax.set_mesh(mesh):
         shapes = jax.eval_shape(lambda: api.init_params(config, api.make_module(config)))
     rng = np.random.default_rng(0)
@@ -101,6 +104,46 @@ def test_matching_is_a_probability_for_each_pair(openmoji_folder):
     np.testing.assert_allclose(found, 1 / (1 + np.exp(logits[:, 0] - logits[:, 1])), atol=1e-5)
 
 
+TEXTS = ["a dog", "a cat", "", "the flag of France", "x" * 300]
+
+
+@pytest.mark.parametrize("decoder", [{}, {"reads": "text", "start": False}])
+def test_the_likelihood_of_captions_is_what_training_minimises(openmoji_folder, decoder):
+    one = model(**decoder)
+    ids, load, rows = one.tokenizer.encode(TEXTS, 8), one._loader(IMAGES), np.arange(5)
+    arguments = rows, rows, load, lambda rows: ids[rows]
+    found = one.caption_likelihood_rows(*arguments)
+    assert found.shape == (5, 8) and found.dtype == np.float32
+    given = 0 if decoder.get("start", True) else 1  # the first token stands where a start token would
+    assert (found[:, :given] == 0).all()
+    np.testing.assert_array_equal(found[:, given:] != 0, ids[:, given:] != one.tokenizer.pad_id)
+    with jax.set_mesh(one.mesh):
+        batch = {"image": IMAGES, "text": ids}
+        loss, metrics = captioning.captioning(Outputs(one.module, one.params, batch), batch, None)
+    assert -found.sum() / metrics["count"] == pytest.approx(float(loss), rel=1e-5)
+    assert (found != 0).sum() == metrics["count"]
+    np.testing.assert_allclose(one.caption_likelihood_rows(*arguments, batch_size=2), found, atol=1e-5)
+    np.testing.assert_allclose(model(8, **decoder).caption_likelihood_rows(*arguments, batch_size=8), found, atol=1e-5)
+
+
+def test_likelihoods_of_an_image_and_its_captions_in_any_order(openmoji_folder):
+    one, loaded = model(), []
+    load, ids = one._loader(IMAGES), one.tokenizer.encode(TEXTS, 8)
+
+    def counted(rows):
+        loaded.extend(rows)
+        return load(rows)
+
+    images, texts = np.array([4, 0, 4, 4, 1, 0, 4]), np.array([4, 0, 1, 0, 1, 3, 3])
+    found = one.caption_likelihood_rows(images, texts, counted, lambda rows: ids[rows], batch_size=3)
+    assert sorted(loaded) == [0, 1, 4]  # each once, however many captions it has
+    for row, pair in enumerate(zip(images, texts, strict=True)):
+        alone = one.caption_likelihood_rows(*np.array([pair]).T, load, lambda rows: ids[rows], batch_size=3)
+        np.testing.assert_allclose(found[row], alone[0], atol=1e-5)
+    assert len(set(found.sum(axis=1).tolist())) == 7
+    assert one.caption_likelihood_rows(images[:0], texts[:0], load, lambda rows: ids[rows]).shape == (0, 8)
+
+
 def test_of_nothing_there_are_no_captions_and_no_matches(openmoji_folder):
     assert model().caption([]) == model().caption([], [], beams=2) == []
     assert model().match([], []).shape == (0,)
@@ -133,6 +176,8 @@ def test_a_model_without_these_parts_says_so(openmoji_folder):
     plain = model(everything=False)
     with pytest.raises(UserError, match="cannot caption images: none of its objectives trains that"):
         plain.caption(IMAGES)
+    with pytest.raises(UserError, match="cannot caption images"):
+        plain.caption_likelihood_rows(*[np.arange(1)] * 2, plain._loader(IMAGES), lambda rows: rows)
     with pytest.raises(UserError, match="cannot match images and texts"):
         plain.match(IMAGES[:1], ["a dog"])
 

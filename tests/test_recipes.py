@@ -151,3 +151,20 @@ def test_an_evaluator_needs_what_an_objective_trains():
     config.evaluators.test.rerank = 10
     with pytest.raises(UserError, match="config.evaluators.test: no objective trains what it needs: matching"):
         validate(config, 1)
+    config.evaluators.test = configs.matching()
+    with pytest.raises(UserError, match="config.evaluators.test: no objective trains what it needs: matching"):
+        validate(config, 1)
+    config.evaluators.test = configs.compositional(by="matching")
+    with pytest.raises(UserError, match="config.evaluators.test: no objective trains what it needs: matching"):
+        validate(config, 1)
+    config.evaluators.test.by = "cosine"
+    validate(config, 1)
+    config = load("albef_b", "quickstart")
+    config.evaluators = {"pairs": configs.matching(hard=True), "foils": configs.compositional(by="matching")}
+    validate(config, 1)
+    config.evaluators.foils.by = "cosin"
+    with pytest.raises(UserError, match='config.evaluators.foils.by: unknown "cosin"; did you mean "cosine"'):
+        validate(config, 1)
+    config.evaluators = {"pairs": configs.matching(seed=-1)}
+    with pytest.raises(UserError, match="config.evaluators.pairs.seed: -1 is less than 0"):
+        validate(config, 1)

@@ -13,9 +13,11 @@ import jax
 from mmjax.api import Model
 from mmjax.errors import UserError
 from mmjax.evaluators.captions import Captions
+from mmjax.evaluators.compositional import Compositional
+from mmjax.evaluators.matching import Matching
 from mmjax.evaluators.retrieval import Retrieval
 
-EVALUATORS = {"retrieval": Retrieval, "captions": Captions}
+EVALUATORS = {"retrieval": Retrieval, "captions": Captions, "matching": Matching, "compositional": Compositional}
 
 
 class Evaluation:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Bool, Float, Int
 
 from mmjax.models.outputs import Outputs
 from mmjax.objectives.contrastive import Result
@@ -35,11 +35,18 @@ def captioning(
     if parallel:
         at_once = jax.vmap(lambda key: jax.random.bernoulli(key, parallel))(batch["rng"])
     logits = outputs.caption(outputs.text, outputs["image"]["tokens"], at_once)
-    labels = ids[:, ids.shape[1] - logits.shape[1] :]
-    counted = labels != outputs.pad_id
+    labels, counted = labels_of(ids, logits, outputs.pad_id)
     if "has_text" in batch:
         counted &= batch["has_text"][:, None]
     own = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
     wanted = (1 - label_smoothing) * own + label_smoothing * logits.mean(axis=-1) if label_smoothing else own
     losses = jax.nn.logsumexp(logits, axis=-1) - wanted  # the whole vocabulary's log-probabilities are never kept
     return mean_result(counted, losses, logits.argmax(axis=-1) == labels)
+
+
+def labels_of(
+    ids: Int[Array, "batch length"], logits: Float[Array, "batch slots vocab"], pad_id: int
+) -> tuple[Int[Array, "batch slots"], Bool[Array, "batch slots"]]:
+    """The token that each slot of the decoder predicts, and whether it is no padding."""
+    labels = ids[:, ids.shape[1] - logits.shape[1] :]
+    return labels, labels != pad_id
