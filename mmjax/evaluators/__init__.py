@@ -14,8 +14,9 @@ from mmjax.api import Model
 from mmjax.errors import UserError
 from mmjax.evaluators.captions import Captions
 from mmjax.evaluators.retrieval import Retrieval
+from mmjax.evaluators.zeroshot import ZeroShot
 
-EVALUATORS = {"retrieval": Retrieval, "captions": Captions}
+EVALUATORS = {"retrieval": Retrieval, "captions": Captions, "zeroshot": ZeroShot}
 
 
 class Evaluation:

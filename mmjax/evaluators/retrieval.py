@@ -1,4 +1,4 @@
-"""Image-text retrieval in both directions: recall at 1, 5 and 10, mean average precision at 10, median and mean rank."""
+"""Image-text retrieval, both ways: recall at 1, 5 and 10, mean average precision at 10, median and mean rank."""
 
 import hashlib
 from collections.abc import Callable, Hashable, Iterator
@@ -17,7 +17,10 @@ from mmjax.evaluators import contact_sheet
 from mmjax.evaluators.ranking import TOP, average_precision, best, reranked, rivals
 
 RECALLS = (1, 5, 10)
-DIRECTIONS = {"text_to_image": "image_retrieval", "image_to_text": "text_retrieval"}  # and what CLIP_benchmark calls them
+DIRECTIONS = {
+    "text_to_image": "image_retrieval",
+    "image_to_text": "text_retrieval",
+}  # and what CLIP_benchmark calls them
 SHEET_ROWS, SHEET_COLUMNS = 6, 5
 
 
@@ -154,10 +157,9 @@ class Retrieval:
 def summary(direction: str, rivals: Int[np.ndarray, "queries own"]) -> Iterator[tuple[str, float]]:
     """The metrics of one direction, from `ranking.rivals` of 10 own items.
 
-    A query counts for R@k where any of its own items is among the first k; CLIP_benchmark defines
-    `image_retrieval_recall@5` (texts search images) and `text_retrieval_recall@5` in the same way, and so these are other
-    names of R@5, but for ties, which there fall as they may. mAP@10 is the mean over queries of
-    `ranking.average_precision`.
+    A query counts for R@k where any of its own items is among the first k. CLIP_benchmark's `image_retrieval_recall@5`
+    (texts search images) and `text_retrieval_recall@5` are defined in the same way, except that ties fall as they may:
+    they are other names of R@5. mAP@10 is the mean over queries of `ranking.average_precision`.
     """
     places = rivals[:, 0]
     yield from _summary(direction, places)

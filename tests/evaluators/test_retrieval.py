@@ -120,6 +120,21 @@ def test_the_contact_sheet_frames_the_right_image(tmp_path, openmoji_folder):
     assert rows.max() - rows.min() + 1 == contact_sheet.TILE + 2 * contact_sheet.FRAME
 
 
+def test_recalls_have_the_names_of_clip_benchmark_too_and_precision_counts_all_own_items():
+    """An image is found by the first of its captions; its average precision says where the others are."""
+    owners = np.repeat(np.arange(20), 2)
+    images = np.eye(20, dtype=np.float32)
+    texts = images[owners]
+    texts[1::2] = np.roll(images, 6, axis=0)  # the second caption of each image describes another one
+    forth, back = ranking.rivals(texts, images, owners, np.arange(20), both=True)
+    found = dict(retrieval.summary("text_to_image", forth)) | dict(retrieval.summary("image_to_text", back))
+    assert found["image_retrieval_recall@5"] == found["text_to_image_R@5"] == 0.5
+    assert found["text_retrieval_recall@5"] == found["image_to_text_R@5"] == 1.0
+    assert found["text_to_image_mAP@10"] == 0.5  # the others tie with all of the rest
+    assert found["image_to_text_mAP@10"] == pytest.approx(1 / 4)  # in place 2 of 2, the other one far behind
+    assert len(found) == 14
+
+
 class Oracle:
     """A model that knows every picture and every caption of the samples."""
 
@@ -209,6 +224,7 @@ def test_one_row_for_each_caption_and_keys_that_repeat_are_the_same_images(tmp_p
         metrics = dict(evaluator.evaluate(Oracle()))
         assert metrics["text_to_image_R@1"] == metrics["image_to_text_R@1"] == 1.0, source
         assert metrics["image_to_text_mean_rank"] == 1.0 and "unreadable_images" not in metrics
+        assert metrics["image_to_text_mAP@10"] == metrics["text_retrieval_recall@5"] == 1.0
 
 
 def test_every_record_that_is_read_at_the_start_is_a_sign_of_life(tmp_path):
