@@ -12,7 +12,7 @@ embeddings and computes every metric of the evaluator `retrieval`, in both direc
     embeddings_megabytes    of that, both arrays of embeddings
     full_matrix_megabytes   what all similarities would take as float32, for comparison; they are never held
 
-The figures behind `image_to_text` and `text_to_image` are the metrics, to see that they are the same elsewhere.
+The figures behind `retrieval` are the metrics, to see that they are the same elsewhere.
 """
 
 import argparse
@@ -57,7 +57,7 @@ def measure(rows: int) -> dict[str, float]:
     both = ranking.rivals(texts, images, owners, owners, both=True)
     found = {}
     for direction, rivals in zip(retrieval.DIRECTIONS, both, strict=True):
-        found |= {f"{direction}/{name}": value for name, value in retrieval.summary(direction, rivals)}
+        found |= {f"retrieval/{name}": value for name, value in retrieval.summary(direction, rivals)}
     metrics = {
         "seconds": time.perf_counter() - start,
         "peak_megabytes": peak_bytes() / 1e6,
