@@ -238,7 +238,7 @@ def open_clip_recalls(model, config, arguments: argparse.Namespace) -> dict[str,
     """The recalls of RECALLS on the development split."""
     import torch
 
-    from mmjax.evaluators.retrieval import ranks
+    from mmjax.evaluators.ranking import ranks
 
     data = pairs(config, arguments, "dev")
     captions = [caption for captions in data.captions for caption in captions]

@@ -290,7 +290,7 @@ def open_clip_recalls(model, images: dict, texts: dict) -> dict[str, float]:
     """The recalls of `RECALLS`: test captions against test images, both ways, and against all images."""
     import torch
 
-    from mmjax.evaluators.retrieval import ranks
+    from mmjax.evaluators.ranking import ranks
 
     def encode(function, rows: np.ndarray, prepare) -> np.ndarray:
         with torch.inference_mode():

@@ -268,9 +268,31 @@ def compositional(**fields) -> ConfigDict:
     return ConfigDict(own | fields)
 
 
+def zeroshot(**fields) -> ConfigDict:
+    """Zero-shot classification. `classes` is a file with a class's name in each line, in the order of the labels; ""
+    takes the captions as names. `templates` is a file with a sentence in each line, {} for the name; "" is a few.
+    """
+    own = {
+        "kind": "zeroshot",
+        "every": 0,
+        "classes": "",
+        "templates": "",
+        "captions": (),
+        "batch_size": 256,
+        "confusion_matrix": False,
+    }
+    return ConfigDict(_data(split="test") | own | fields)
+
+
 ENCODERS = {"image": image_encoder, "text": text_encoder}
 PARTS = {"fusion": fusion, "decoder": decoder}
-EVALUATORS = {"retrieval": retrieval, "captions": captions, "matching": matching, "compositional": compositional}
+EVALUATORS = {
+    "retrieval": retrieval,
+    "captions": captions,
+    "matching": matching,
+    "compositional": compositional,
+    "zeroshot": zeroshot,
+}
 # The options of each kind of objective.
 OBJECTIVES = {
     "sigmoid": {"chunk": 0},

@@ -16,8 +16,15 @@ from mmjax.evaluators.captions import Captions
 from mmjax.evaluators.compositional import Compositional
 from mmjax.evaluators.matching import Matching
 from mmjax.evaluators.retrieval import Retrieval
+from mmjax.evaluators.zeroshot import ZeroShot
 
-EVALUATORS = {"retrieval": Retrieval, "captions": Captions, "matching": Matching, "compositional": Compositional}
+EVALUATORS = {
+    "retrieval": Retrieval,
+    "captions": Captions,
+    "matching": Matching,
+    "compositional": Compositional,
+    "zeroshot": ZeroShot,
+}
 
 
 class Evaluation:

@@ -34,7 +34,7 @@ def draw(
     for row, caption in enumerate(captions):
         top = GAP + row * row_height
         hit = "" if any(right[row]) else f"   (not among the first {columns})"
-        fitting = _fit(caption, font, width - 2 * GAP - font.getlength(hit))
+        fitting = shortened(caption, font, width - 2 * GAP - font.getlength(hit))
         pen.text((GAP, top), fitting + hit, INK, font)
         for column, pixels in enumerate(images[row]):
             left, tile_top = GAP + column * (TILE + GAP), top + CAPTION_HEIGHT - 6
@@ -46,7 +46,7 @@ def draw(
     sheet.save(path)
 
 
-def _fit(caption: str, font: ImageFont.FreeTypeFont, width: float) -> str:
+def shortened(caption: str, font: ImageFont.FreeTypeFont, width: float) -> str:
     """The caption, shortened with "..." to `width` pixels."""
     if font.getlength(caption) <= width:
         return caption
@@ -71,8 +71,8 @@ def draw_captions(path: Path, images: Sequence[image.Pixels], captions: Sequence
         left, top = GAP + number % columns * width, GAP + number // columns * (TILE + GAP)
         sheet.paste(Image.fromarray(pixels), (left, top))
         room, text_left = width - TILE - 3 * GAP, left + TILE + GAP
-        pen.text((text_left, top + 34), _fit(made, font, room), RIGHT if right else WRONG, font)
+        pen.text((text_left, top + 34), shortened(made, font, room), RIGHT if right else WRONG, font)
         if not right:
-            pen.text((text_left, top + 58), _fit(f"({wanted})", font, room), INK, font)
+            pen.text((text_left, top + 58), shortened(f"({wanted})", font, room), INK, font)
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)

@@ -1,4 +1,4 @@
-"""Image-text retrieval: recall at 1, 5 and 10, median and mean rank, in both directions."""
+"""Image-text retrieval, both ways: recall at 1, 5 and 10, mean average precision at 10, median and mean rank."""
 
 import hashlib
 from collections.abc import Callable, Hashable, Iterator
@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from ml_collections import ConfigDict
 
 from mmjax.api import Model
@@ -14,40 +14,14 @@ from mmjax.data.pipeline import captions_of, evaluation_images, pixels_or_bytes
 from mmjax.data.sources import Source, open_entry
 from mmjax.errors import UserError
 from mmjax.evaluators import contact_sheet
+from mmjax.evaluators.ranking import TOP, average_precision, best, reranked, rivals
 
 RECALLS = (1, 5, 10)
-CHUNK = 1024
+DIRECTIONS = {
+    "text_to_image": "image_retrieval",
+    "image_to_text": "text_retrieval",
+}  # and what CLIP_benchmark calls them
 SHEET_ROWS, SHEET_COLUMNS = 6, 5
-
-
-def ranks(
-    queries: Float[np.ndarray, "queries dim"],
-    gallery: Float[np.ndarray, "items dim"],
-    query_owners: Int[np.ndarray, " queries"],
-    item_owners: Int[np.ndarray, " items"],
-) -> Int[np.ndarray, " queries"]:
-    """The rank (0 is first) of the best item with the query's owner.
-
-    It is the number of other owners' items that score at least as high: a tie counts against the
-    model, so equal embeddings earn nothing, and neither do NaNs. Scores are computed in chunks; the
-    whole matrix is never held. Every query's owner needs an item.
-    """
-    result = np.zeros(len(queries), np.int64)
-    for first in range(0, len(queries), CHUNK):
-        rows = slice(first, first + CHUNK)
-        owners = query_owners[rows, None]
-        best = np.full(len(owners), -np.inf, np.float32)
-        for second in range(0, len(gallery), CHUNK):
-            columns = slice(second, second + CHUNK)
-            scores = queries[rows] @ gallery[columns].T
-            own = owners == item_owners[None, columns]
-            best = np.maximum(best, np.where(own, scores, -np.inf).max(axis=1))
-        for second in range(0, len(gallery), CHUNK):
-            columns = slice(second, second + CHUNK)
-            scores = queries[rows] @ gallery[columns].T  # the same product again: bit for bit the same
-            other = owners != item_owners[None, columns]
-            result[rows] += (~(scores < best[:, None]) & other).sum(axis=1)
-    return result
 
 
 class Retrieval:
@@ -131,11 +105,10 @@ class Retrieval:
         numbers = {image: number for number, image in enumerate(self._images)}
         text_owners = np.array([numbers[image] for image, _ in owners])
         image_owners = np.arange(len(gallery))
-        found = {"text_to_image": ranks(texts, images, text_owners, image_owners)}
-        if not entry.gallery_split:
-            found["image_to_text"] = ranks(images, texts, image_owners, text_owners)
-        for direction, places in found.items():
-            yield from _summary(direction, places)
+        searched = rivals(texts, images, text_owners, image_owners, both=not entry.gallery_split)
+        found = {name: before[:, 0] for name, before in zip(DIRECTIONS, searched, strict=True) if before.size}
+        for direction, before in zip(found, searched, strict=False):
+            yield from summary(direction, before)
         if entry.rerank:
             yield from self._reranked(model, texts, images, text_owners, load_images, ids, found)
         if entry.contact_sheet and picture is not None:
@@ -181,30 +154,17 @@ class Retrieval:
             yield from _summary("image_to_text_reranked", reranked(found["image_to_text"], scores, right))
 
 
-def best(
-    queries: Float[np.ndarray, "queries dim"], gallery: Float[np.ndarray, "items dim"], count: int
-) -> Int[np.ndarray, "queries count"]:
-    """The `count` most similar items of each query, best first; the whole matrix is never held."""
-    parts = []
-    for start in range(0, len(queries), CHUNK):
-        scores = queries[start : start + CHUNK] @ gallery.T
-        parts.append(np.argsort(-scores, axis=1, kind="stable")[:, :count])
-    return np.concatenate(parts)
+def summary(direction: str, rivals: Int[np.ndarray, "queries own"]) -> Iterator[tuple[str, float]]:
+    """The metrics of one direction, from `ranking.rivals` of 10 own items.
 
-
-def reranked(
-    found: Int[np.ndarray, " queries"],
-    scores: Float[np.ndarray, "queries count"],
-    right: Bool[np.ndarray, "queries count"],
-) -> Int[np.ndarray, " queries"]:
-    """The rank of each query's first right item after its first `count` items are ordered by `scores`.
-
-    What is not among them keeps its rank, `found`; and so does what is there only because, of items that score alike,
-    some had to come first. A tie counts against the model, as in `ranks`.
+    A query counts for R@k where any of its own items is among the first k. CLIP_benchmark's `image_retrieval_recall@5`
+    (texts search images) and `text_retrieval_recall@5` are defined in the same way, except that ties fall as they may:
+    they are other names of R@5. mAP@10 is the mean over queries of `ranking.average_precision`.
     """
-    own = np.where(right, scores, -np.inf).max(axis=1, keepdims=True)
-    among = right.any(axis=1) & (found < scores.shape[1])
-    return np.where(among, (~(scores < own) & ~right).sum(axis=1), found)
+    places = rivals[:, 0]
+    yield from _summary(direction, places)
+    yield f"{direction}_mAP@{TOP}", float(average_precision(rivals).mean())
+    yield f"{DIRECTIONS[direction]}_recall@5", float((places < 5).mean())
 
 
 def _summary(direction: str, found: Int[np.ndarray, " queries"]) -> Iterator[tuple[str, float]]:

@@ -9,7 +9,7 @@ from mmjax.data import image
 from mmjax.data.pipeline import evaluation_images
 from mmjax.data.sources import open_source
 from mmjax.errors import UserError
-from mmjax.evaluators import Evaluation, contact_sheet, retrieval
+from mmjax.evaluators import Evaluation, contact_sheet, ranking, retrieval
 from tests.data import samples
 
 
@@ -33,11 +33,11 @@ def brute_force(queries, gallery, query_owners, item_owners):
 def test_the_best_are_those_of_a_full_sort(rows, items, count, seed):
     rng = np.random.default_rng(seed)
     queries, gallery = rng.normal(size=(rows, 3)), rng.normal(size=(items, 3))
-    before, retrieval.CHUNK = retrieval.CHUNK, 2
+    before, ranking.CHUNK = ranking.CHUNK, 2
     try:
-        found = retrieval.best(queries, gallery, count)
+        found = ranking.best(queries, gallery, count)
     finally:
-        retrieval.CHUNK = before
+        ranking.CHUNK = before
     expected = [sorted(range(items), key=lambda item, query=query: -(gallery[item] @ query)) for query in queries]
     np.testing.assert_array_equal(found, [order[:count] for order in expected])
 
@@ -53,9 +53,9 @@ def test_reranked_is_a_sort_of_the_first_ones_with_ties_against_the_model(rows, 
     query_owners = np.where(np.isin(query_owners, item_owners), query_owners, item_owners[0])
     other_scores = rng.integers(0, 3, (rows, items)).astype(np.float32)
     count = min(count, items)
-    first = retrieval.best(queries, gallery, count)
-    found = retrieval.reranked(
-        retrieval.ranks(queries, gallery, query_owners, item_owners),
+    first = ranking.best(queries, gallery, count)
+    found = ranking.reranked(
+        ranking.ranks(queries, gallery, query_owners, item_owners),
         np.take_along_axis(other_scores, first, axis=1),
         item_owners[first] == query_owners[:, None],
     )
@@ -72,11 +72,11 @@ def test_reranked_is_a_sort_of_the_first_ones_with_ties_against_the_model(rows, 
 
 def test_a_model_that_tells_nothing_apart_gains_nothing_from_reranking():
     same, owners = np.ones((50, 4), np.float32), np.arange(50)
-    found, first = retrieval.ranks(same, same, owners, owners), retrieval.best(same, same, 5)
+    found, first = ranking.ranks(same, same, owners, owners), ranking.best(same, same, 5)
     right = first == owners[:, None]
-    assert (retrieval.reranked(found, np.ones((50, 5)), right) == 49).all()
-    assert (retrieval.reranked(found * 0, np.ones((50, 5)), right)[:5] == 4).all()
-    assert (retrieval.reranked(found * 0, np.full((50, 5), np.nan), right)[:5] == 4).all()
+    assert (ranking.reranked(found, np.ones((50, 5)), right) == 49).all()
+    assert (ranking.reranked(found * 0, np.ones((50, 5)), right)[:5] == 4).all()
+    assert (ranking.reranked(found * 0, np.full((50, 5), np.nan), right)[:5] == 4).all()
 
 
 @settings(deadline=None, max_examples=50)
@@ -87,23 +87,23 @@ def test_ranks_equal_brute_force_with_ties_and_several_captions(owners, each, se
     images = rng.integers(-2, 3, (owners, 3)).astype(np.float32)
     texts = rng.integers(-2, 3, (owners * each, 3)).astype(np.float32)
     text_owners, image_owners = np.repeat(np.arange(owners), each), np.arange(owners)
-    before, retrieval.CHUNK = retrieval.CHUNK, chunk
+    before, ranking.CHUNK = ranking.CHUNK, chunk
     try:
         for arguments in ((texts, images, text_owners, image_owners), (images, texts, image_owners, text_owners)):
-            np.testing.assert_array_equal(retrieval.ranks(*arguments), brute_force(*arguments))
+            np.testing.assert_array_equal(ranking.ranks(*arguments), brute_force(*arguments))
     finally:
-        retrieval.CHUNK = before
+        ranking.CHUNK = before
 
 
 def test_equal_embeddings_earn_nothing():
     same, owners = np.ones((50, 4), np.float32), np.arange(50)
-    assert (retrieval.ranks(same, same, owners, owners) == 49).all()
-    assert (retrieval.ranks(same * np.nan, same, owners, owners) == 49).all()
+    assert (ranking.ranks(same, same, owners, owners) == 49).all()
+    assert (ranking.ranks(same * np.nan, same, owners, owners) == 49).all()
 
 
 def test_perfect_embeddings_are_first():
     eye, owners = np.eye(50, dtype=np.float32), np.arange(50)
-    assert (retrieval.ranks(eye, eye, owners, owners) == 0).all()
+    assert (ranking.ranks(eye, eye, owners, owners) == 0).all()
     summary = dict(retrieval._summary("text_to_image", np.array([0, 0, 4, 12])))
     assert summary["text_to_image_R@1"] == 0.5 and summary["text_to_image_R@5"] == 0.75
     assert summary["text_to_image_median_rank"] == 3 and summary["text_to_image_mean_rank"] == 5
@@ -118,6 +118,21 @@ def test_the_contact_sheet_frames_the_right_image(tmp_path, openmoji_folder):
     rows, columns = np.nonzero(green)
     assert columns.max() < contact_sheet.TILE + 2 * contact_sheet.GAP
     assert rows.max() - rows.min() + 1 == contact_sheet.TILE + 2 * contact_sheet.FRAME
+
+
+def test_recalls_have_the_names_of_clip_benchmark_too_and_precision_counts_all_own_items():
+    """An image is found by the first of its captions; its average precision says where the others are."""
+    owners = np.repeat(np.arange(20), 2)
+    images = np.eye(20, dtype=np.float32)
+    texts = images[owners]
+    texts[1::2] = np.roll(images, 6, axis=0)  # the second caption of each image describes another one
+    forth, back = ranking.rivals(texts, images, owners, np.arange(20), both=True)
+    found = dict(retrieval.summary("text_to_image", forth)) | dict(retrieval.summary("image_to_text", back))
+    assert found["image_retrieval_recall@5"] == found["text_to_image_R@5"] == 0.5
+    assert found["text_retrieval_recall@5"] == found["image_to_text_R@5"] == 1.0
+    assert found["text_to_image_mAP@10"] == 0.5  # the others tie with all of the rest
+    assert found["image_to_text_mAP@10"] == pytest.approx(1 / 4)  # in place 2 of 2, the other one far behind
+    assert len(found) == 14
 
 
 class Oracle:
@@ -209,6 +224,7 @@ def test_one_row_for_each_caption_and_keys_that_repeat_are_the_same_images(tmp_p
         metrics = dict(evaluator.evaluate(Oracle()))
         assert metrics["text_to_image_R@1"] == metrics["image_to_text_R@1"] == 1.0, source
         assert metrics["image_to_text_mean_rank"] == 1.0 and "unreadable_images" not in metrics
+        assert metrics["image_to_text_mAP@10"] == metrics["text_retrieval_recall@5"] == 1.0
 
 
 def test_every_record_that_is_read_at_the_start_is_a_sign_of_life(tmp_path):
