@@ -27,10 +27,13 @@ def get_config(arg=None):
         config.model.encoders.text.length = 24
         config.evaluators.test_every_language = configs.retrieval(match="record")
     if arg == "objectives=all":
-        config.model.fusion = configs.fusion(depth=2, unroll=0)
+        # From the words themselves, not from the text tower: what the two find in a text then differs, and their sum is
+        # better than either.
+        config.model.fusion = configs.fusion(depth=2, reads="embedding", unroll=0)
         config.model.decoder = configs.decoder(depth=2, unroll=0)
         config.objectives.matching = configs.objective(kind="matching", weight=0.5)
-        config.objectives.captioning = configs.objective(kind="captioning", weight=0.5)
+        config.objectives.captioning = configs.objective(kind="captioning", weight=0.25)
         config.evaluators.test.rerank = 10
+        config.evaluators.test.rerank_weight = 0.5
         config.evaluators.captions = configs.captions(source="openmoji:en", every=300, contact_sheet=True)
     return config

@@ -230,6 +230,7 @@ def retrieval(**fields) -> ConfigDict:
         "captions": (),
         "batch_size": 256,
         "rerank": 0,
+        "rerank_weight": 1.0,
         "contact_sheet": False,
     }
     return ConfigDict(_data(split="test") | own | fields)

@@ -277,7 +277,7 @@ def _check_training(config: ConfigDict) -> None:
     for name in config.evaluators:
         _at_least(config, f"evaluators.{name}.every", 0)
         _at_least(config, f"evaluators.{name}.batch_size", 1)
-        for key, low in (("rerank", 0), ("beams", 1), ("seed", 0)):
+        for key, low in (("rerank", 0), ("rerank_weight", 0), ("beams", 1), ("seed", 0)):
             if key in config.evaluators[name]:
                 _at_least(config, f"evaluators.{name}.{key}", low)
     _share(config.loader.max_broken_fraction, "loader.max_broken_fraction")

@@ -131,17 +131,17 @@ class Retrieval:
         ids: Int[np.ndarray, "texts length"],
         found: dict[str, Int[np.ndarray, " queries"]],
     ) -> Iterator[tuple[str, float]]:
-        """The metrics after the first `rerank` of each query are put into a new order: by the sum of the matching
-        head's log-odds and the contrastive logit (as "BLIP", Li et al. 2022, adds the two). `found` are the
-        ranks before that, by direction.
+        """The metrics after the first `rerank` of each query are put into a new order: by the sum of the contrastive
+        logit and `rerank_weight` of the matching head's log-odds (as "BLIP", Li et al. 2022, adds the two). `found` are
+        the ranks before that, by direction.
         """
         count, size = min(self._entry.rerank, len(images)), self._entry.batch_size
-        scale = model.logits()["logit_scale"]
+        scale, weight = model.logits()["logit_scale"], self._entry.rerank_weight
 
         def match(image_rows: np.ndarray, text_rows: np.ndarray) -> np.ndarray:
             odds = model.match_rows(image_rows.ravel(), text_rows.ravel(), load_images, lambda rows: ids[rows], size)
             cosines = (images[image_rows] * texts[text_rows]).sum(axis=-1)
-            return odds.reshape(image_rows.shape) + scale * cosines
+            return weight * odds.reshape(image_rows.shape) + scale * cosines
 
         first = best(texts, images, count)
         scores = match(first, np.broadcast_to(np.arange(len(texts))[:, None], first.shape))

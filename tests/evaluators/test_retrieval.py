@@ -204,6 +204,7 @@ def test_the_matching_head_puts_the_first_ones_in_order(tmp_path):
     assert evaluate(rerank=1000)["image_to_text_reranked_R@1"] == 1  # there are only so many
     model.sure = 1.0  # less than what the embeddings say against it
     assert evaluate(rerank=2)["text_to_image_reranked_R@1"] == 0
+    assert evaluate(rerank=2, rerank_weight=20.0)["text_to_image_reranked_R@1"] == 1
 
 
 def test_one_row_for_each_caption_and_keys_that_repeat_are_the_same_images(tmp_path):
