@@ -1,5 +1,6 @@
 """The checks of a config before data is opened or anything compiled."""
 
+import itertools
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -9,6 +10,7 @@ from ml_collections import ConfigDict
 from mmjax.config import (
     ENCODERS,
     EVALUATORS,
+    LABELLED,
     OBJECTIVES,
     PARTS,
     UNITS,
@@ -23,7 +25,7 @@ from mmjax.errors import UserError
 SCHEDULES = ("cosine", "linear", "rsqrt", "constant")
 # What tuples hold.
 _NAMES = dict.fromkeys(("captions", "inputs", "modalities", "objectives", "parts"), str)
-_ELEMENTS = _NAMES | {"caption_weights": (int, float), "color_jitter": (int, float)}
+_ELEMENTS = _NAMES | {"caption_weights": (int, float), "color_jitter": (int, float), "shots": int}
 _ELEMENTS_NAMED = {key: "names" if kind is str else "numbers" for key, kind in _ELEMENTS.items()}
 OPTIMIZERS = ("adamw", "adafactor", "lion", "muon")
 
@@ -191,7 +193,7 @@ def _check_part(config: ConfigDict, name: str) -> None:
 
 def _check_objectives(config: ConfigDict) -> None:
     """Everything that an objective needs is there."""
-    from mmjax.objectives import inputs_of, parts_of, parts_read, reads_teacher
+    from mmjax.objectives import inputs_of, parts_of, parts_read, reads_teacher, trains_pooling
 
     for name, entry in config.objectives.items():
         for part in PARTS:
@@ -225,10 +227,15 @@ def _check_objectives(config: ConfigDict) -> None:
     if text.token_drop and (text.pooling == "last" or ("text" in parts and readers)):
         raise UserError("config.model.encoders.text.token_drop: something reads the tokens by their places")
     for name, entry in config.evaluators.items():
-        needed = {"image", "decoder"} if entry.kind == "captions" else {"image", "text"}
-        needed |= {"matching"} if entry.get("rerank") else set()
+        needed = {"captions": {"image", "decoder"}, "retrieval": {"image", "text"}}.get(entry.kind, {"image"})
+        needed = needed | ({"matching"} if entry.get("rerank") else set())
         if missing := sorted(needed - parts):
             raise UserError(f"config.evaluators.{name}: no objective trains what it needs: {missing[0]}")
+        if entry.kind in LABELLED and config.model.encoders.image.pooling == "map" and not trains_pooling(config):
+            raise UserError(
+                f'config.model.encoders.image.pooling: evaluators.{name} reads "map", which no objective trains; '
+                'use "mean"'
+            )
     source = config.teacher.source
     if reads_teacher(config.objectives) and not source:
         raise UserError('config.teacher.source: an objective reads a teacher; set a run\'s workdir, or "ema"')
@@ -267,9 +274,11 @@ def _check_training(config: ConfigDict) -> None:
     for name in config.evaluators:
         _at_least(config, f"evaluators.{name}.every", 0)
         _at_least(config, f"evaluators.{name}.batch_size", 1)
-        for key, low in (("rerank", 0), ("beams", 1)):
+        for key, low in (("rerank", 0), ("beams", 1), ("l2", 0), ("max_iterations", 1), ("k", 1), ("seeds", 1)):
             if key in config.evaluators[name]:
                 _at_least(config, f"evaluators.{name}.{key}", low)
+        if config.evaluators[name].kind in LABELLED:
+            _check_labelled(config.evaluators[name], f"evaluators.{name}")
     _share(config.loader.max_broken_fraction, "loader.max_broken_fraction")
     for name, entry in config.objectives.items():
         if "chunk" in entry:
@@ -286,6 +295,16 @@ def _check_training(config: ConfigDict) -> None:
                 f"config.optimizer.rules: {rule!r} is not (pattern, learning-rate multiplier or None, "
                 f"weight-decay multiplier): {error}"
             ) from None
+
+
+def _check_labelled(entry: ConfigDict, key: str) -> None:
+    if "temperature" in entry:
+        _positive(entry.temperature, f"{key}.temperature")
+    if "shots" in entry:
+        _positive(entry.l2, f"{key}.l2")
+        shots = entry.shots
+        if not shots or shots[0] < 1 or any(more <= fewer for fewer, more in itertools.pairwise(shots)):
+            raise UserError(f"config.{key}.shots: {shots} are no ascending numbers of at least 1")
 
 
 def _check_stream(config: ConfigDict, name: str) -> None:

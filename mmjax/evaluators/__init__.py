@@ -13,9 +13,18 @@ import jax
 from mmjax.api import Model
 from mmjax.errors import UserError
 from mmjax.evaluators.captions import Captions
+from mmjax.evaluators.few_shot import FewShot
+from mmjax.evaluators.knn import Knn
+from mmjax.evaluators.linear_probe import LinearProbe
 from mmjax.evaluators.retrieval import Retrieval
 
-EVALUATORS = {"retrieval": Retrieval, "captions": Captions}
+EVALUATORS = {
+    "retrieval": Retrieval,
+    "captions": Captions,
+    "linear_probe": LinearProbe,
+    "knn": Knn,
+    "few_shot": FewShot,
+}
 
 
 class Evaluation:
