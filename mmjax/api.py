@@ -20,7 +20,7 @@ from mmjax.data import image as image_ops
 from mmjax.data import text as tokenizers
 from mmjax.errors import UserError
 from mmjax.models.generate import Strategy, generate
-from mmjax.models.multimodal import MultimodalModel, Text
+from mmjax.models.multimodal import MultimodalModel, Text, tower_size
 from mmjax.objectives import parts_of
 from mmjax.objectives.captioning import labels_of
 from mmjax.sharding import distributed
@@ -66,8 +66,8 @@ class Model:
         self.step, self._on_batch = step, on_batch
         self.module = module = make_module(config)
 
-        def encode(params: PyTree, inputs: jax.Array, modality: str) -> jax.Array:
-            return module.apply({"params": params}, modality, inputs, method="encode")["embedding"]
+        def encode(params: PyTree, inputs: jax.Array, modality: str, output: str) -> jax.Array:
+            return module.apply({"params": params}, modality, inputs, method="encode")[output].astype(np.float32)
 
         def tokens(params: PyTree, inputs: jax.Array, modality: str) -> tuple:
             return module.apply({"params": params}, modality, inputs, method="tokens")
@@ -94,7 +94,7 @@ class Model:
             return jax.numpy.pad(found, ((0, 0), (ids.shape[1] - labels.shape[1], 0)))
 
         replicated = NamedSharding(mesh, P())
-        self._encode = jax.jit(encode, static_argnames="modality", out_shardings=replicated)
+        self._encode = jax.jit(encode, static_argnames=("modality", "output"), out_shardings=replicated)
         self._tokens = jax.jit(tokens, static_argnames="modality")
         self._match = jax.jit(match, out_shardings=replicated)
         self._caption = jax.jit(caption, static_argnames="strategy", out_shardings=replicated)
@@ -299,12 +299,29 @@ class Model:
           load_rows: row numbers -> the encoder's input; each process is asked for its own rows only.
           batch_size: the global batch; the last one is filled up, and what fills it is dropped.
         """
+        width = self.config.model.embed_dim
+        return self._encode_rows("embedding", width, modality, count, load_rows, batch_size)
+
+    def features_rows(
+        self, modality: str, count: int, load_rows: LoadRows, batch_size: int = BATCH_SIZE
+    ) -> Float[np.ndarray, "rows width"]:
+        """What the tower pools, before its projection and not normalised: float32, as wide as the tower.
+
+        It is what a classifier on the frozen tower reads. A model without a contrastive loss has it too, but then
+        nothing may have trained a pooling with parameters of its own (`map`). The arguments are those of `encode_rows`.
+        """
+        width = tower_size(self.config.model.encoders[modality]).width
+        return self._encode_rows("pooled", width, modality, count, load_rows, batch_size)
+
+    def _encode_rows(
+        self, output: str, width: int, modality: str, count: int, load_rows: LoadRows, batch_size: int
+    ) -> Float[np.ndarray, "rows width"]:
         self._needs(modality, f"encode an input of the modality {modality}")
 
         def run(params: PyTree, batch: dict[str, jax.Array]) -> jax.Array:
-            return self._encode(params, batch[modality], modality=modality)
+            return self._encode(params, batch[modality], modality=modality, output=output)
 
-        parts = [np.zeros((0, self.config.model.embed_dim), np.float32)]
+        parts = [np.zeros((0, width), np.float32)]
         return np.concatenate([*parts, *self._batches(run, count, {modality: load_rows}, batch_size)])
 
     def _batches(

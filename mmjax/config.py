@@ -285,14 +285,39 @@ def zeroshot(**fields) -> ConfigDict:
     return ConfigDict(_data(split="test") | own | fields)
 
 
+def _labelled(**fields) -> ConfigDict:
+    own = {"every": 0, "train_split": "train", "class_caption": "", "batch_size": 256}
+    return ConfigDict(_data(split="test") | own | fields)
+
+
+def linear_probe(**fields) -> ConfigDict:
+    """Logistic regression on frozen image features; an `l2` of 0 is searched for on a part of `train_split`.
+
+    In these three evaluators an image's class is its `label`, or its caption in the group `class_caption`.
+    """
+    return _labelled(**{"kind": "linear_probe", "l2": 0.0, "max_iterations": 1000} | fields)
+
+
+def knn(**fields) -> ConfigDict:
+    """The class by a weighted vote of the `k` most similar images of `train_split`."""
+    return _labelled(**{"kind": "knn", "k": 20, "temperature": 0.07} | fields)
+
+
+def few_shot(**fields) -> ConfigDict:
+    """Ridge regression on `shots` images of each class of `train_split`, drawn with `seeds` seeds."""
+    return _labelled(**{"kind": "few_shot", "shots": (1, 5, 10, 25), "seeds": 3, "l2": 1024.0} | fields)
+
+
 ENCODERS = {"image": image_encoder, "text": text_encoder}
 PARTS = {"fusion": fusion, "decoder": decoder}
+LABELLED = {"linear_probe": linear_probe, "knn": knn, "few_shot": few_shot}
 EVALUATORS = {
     "retrieval": retrieval,
     "captions": captions,
     "matching": matching,
     "compositional": compositional,
     "zeroshot": zeroshot,
+    **LABELLED,
 }
 # The options of each kind of objective.
 OBJECTIVES = {

@@ -1,5 +1,6 @@
 """The checks of a config before data is opened or anything compiled."""
 
+import itertools
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -9,6 +10,7 @@ from ml_collections import ConfigDict
 from mmjax.config import (
     ENCODERS,
     EVALUATORS,
+    LABELLED,
     OBJECTIVES,
     PARTS,
     UNITS,
@@ -23,10 +25,12 @@ from mmjax.errors import UserError
 SCHEDULES = ("cosine", "linear", "rsqrt", "constant")
 # What tuples hold.
 _NAMES = dict.fromkeys(("captions", "inputs", "modalities", "objectives", "parts"), str)
-_ELEMENTS = _NAMES | {"caption_weights": (int, float), "color_jitter": (int, float)}
+_ELEMENTS = _NAMES | {"caption_weights": (int, float), "color_jitter": (int, float), "shots": int}
 _ELEMENTS_NAMED = {key: "names" if kind is str else "numbers" for key, kind in _ELEMENTS.items()}
 OPTIMIZERS = ("adamw", "adafactor", "lion", "muon")
-TRAIN_EMBEDDINGS = {"softmax", "sigmoid", "feature_distillation", "similarity_distillation"}
+# Of evaluators' options.
+LOWEST = {"every": 0, "batch_size": 1, "rerank": 0, "rerank_weight": 0, "beams": 1, "seed": 0}
+LOWEST |= {"l2": 0, "max_iterations": 1, "k": 1, "seeds": 1}
 
 
 def validate(config: ConfigDict, device_count: int) -> None:
@@ -40,6 +44,7 @@ def validate(config: ConfigDict, device_count: int) -> None:
     _check_model(config)
     _check_training(config)
     _check_objectives(config)
+    _check_evaluators(config)
     _check_mesh(config, device_count)
 
 
@@ -115,11 +120,6 @@ def _check_names(config: ConfigDict) -> None:
         _one_of(config.model.fusion.pooling, POOLINGS, "model.fusion.pooling")
     if config.model.decoder:
         _one_of(config.model.decoder.image, IMAGE_INPUTS, "model.decoder.image")
-    for name, entry in config.evaluators.items():
-        if entry.kind == "retrieval":
-            _one_of(entry.match, ("image", "record"), f"evaluators.{name}.match")
-        if entry.kind == "compositional":
-            _one_of(entry.by, ("cosine", "matching"), f"evaluators.{name}.by")
     for name, entry in config.streams.items():
         for objective_name in entry.objectives:
             _one_of(objective_name, config.objectives, f"streams.{name}.objectives")
@@ -194,7 +194,7 @@ def _check_part(config: ConfigDict, name: str) -> None:
 
 def _check_objectives(config: ConfigDict) -> None:
     """Everything that an objective needs is there."""
-    from mmjax.objectives import inputs_of, parts_of, parts_read, reads_teacher
+    from mmjax.objectives import inputs_of, parts_of, parts_read, reads_teacher, trains_pooling
 
     for name, entry in config.objectives.items():
         for part in PARTS:
@@ -225,7 +225,7 @@ def _check_objectives(config: ConfigDict) -> None:
         raise UserError(f"config.objectives.{unused[0]}: no stream trains it; name it in a stream's objectives")
     parts, text = parts_of(config), config.model.encoders.text
     kinds = {entry.kind: name for name, entry in config.objectives.items()}
-    if "matching" in kinds and not kinds.keys() & TRAIN_EMBEDDINGS and not config.init_from.workdir:
+    if "matching" in kinds and not trains_pooling(config) and not config.init_from.workdir:
         raise UserError(
             f"config.objectives.{kinds['matching']}: it draws wrong pairs by similarities of embeddings, which "
             "nothing trains; add softmax or sigmoid, or take towers over with init_from"
@@ -233,12 +233,6 @@ def _check_objectives(config: ConfigDict) -> None:
     readers = {"masked", "matching"} & parts or (config.model.decoder and config.model.decoder.reads == "text")
     if text.token_drop and (text.pooling == "last" or ("text" in parts and readers)):
         raise UserError("config.model.encoders.text.token_drop: something reads the tokens by their places")
-    for name, entry in config.evaluators.items():
-        needed = {"image", "decoder"} if entry.kind == "captions" else {"image", "text"}
-        if entry.kind == "matching" or entry.get("rerank") or entry.get("by") == "matching":
-            needed.add("matching")
-        if missing := sorted(needed - parts):
-            raise UserError(f"config.evaluators.{name}: no objective trains what it needs: {missing[0]}")
     source = config.teacher.source
     if reads_teacher(config.objectives) and not source:
         raise UserError('config.teacher.source: an objective reads a teacher; set a run\'s workdir, or "ema"')
@@ -274,12 +268,6 @@ def _check_training(config: ConfigDict) -> None:
             f'config.train.best_metric: "{config.train.best_metric}" is not eval/EVALUATOR/METRIC; '
             f"evaluators: {', '.join(config.evaluators) or 'none'}"
         )
-    for name in config.evaluators:
-        _at_least(config, f"evaluators.{name}.every", 0)
-        _at_least(config, f"evaluators.{name}.batch_size", 1)
-        for key, low in (("rerank", 0), ("rerank_weight", 0), ("beams", 1), ("seed", 0)):
-            if key in config.evaluators[name]:
-                _at_least(config, f"evaluators.{name}.{key}", low)
     _share(config.loader.max_broken_fraction, "loader.max_broken_fraction")
     for name, entry in config.objectives.items():
         if "chunk" in entry:
@@ -296,6 +284,41 @@ def _check_training(config: ConfigDict) -> None:
                 f"config.optimizer.rules: {rule!r} is not (pattern, learning-rate multiplier or None, "
                 f"weight-decay multiplier): {error}"
             ) from None
+
+
+def _check_evaluators(config: ConfigDict) -> None:
+    from mmjax.objectives import parts_of, trains_pooling
+
+    parts = parts_of(config)
+    for name, entry in config.evaluators.items():
+        key, labelled = f"evaluators.{name}", entry.kind in LABELLED
+        needed = {"image"} if labelled else {"image", "decoder"} if entry.kind == "captions" else {"image", "text"}
+        if entry.kind == "matching" or entry.get("rerank") or entry.get("by") == "matching":
+            needed.add("matching")
+        if missing := sorted(needed - parts):
+            raise UserError(f"config.{key}: no objective trains what it needs: {missing[0]}")
+        if labelled and config.model.encoders.image.pooling == "map" and not trains_pooling(config):
+            raise UserError(
+                f'config.model.encoders.image.pooling: {key} reads "map", which no objective trains; use "mean"'
+            )
+        for option, low in LOWEST.items():
+            if option in entry:
+                _at_least(config, f"{key}.{option}", low)
+        _check_options(entry, key)
+
+
+def _check_options(entry: ConfigDict, key: str) -> None:
+    if "match" in entry:
+        _one_of(entry.match, ("image", "record"), f"{key}.match")
+    if "by" in entry:
+        _one_of(entry.by, ("cosine", "matching"), f"{key}.by")
+    if "temperature" in entry:
+        _positive(entry.temperature, f"{key}.temperature")
+    if "shots" in entry:
+        _positive(entry.l2, f"{key}.l2")
+        shots = entry.shots
+        if not shots or shots[0] < 1 or any(more <= fewer for fewer, more in itertools.pairwise(shots)):
+            raise UserError(f"config.{key}.shots: {shots} are no ascending numbers of at least 1")
 
 
 def _check_stream(config: ConfigDict, name: str) -> None:

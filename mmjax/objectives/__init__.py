@@ -61,6 +61,14 @@ def parts_of(config: Mapping[str, Any]) -> frozenset[str]:
     return frozenset(parts)
 
 
+def trains_pooling(config: Mapping[str, Any]) -> bool:
+    """Whether an objective of a config reads what the image tower pools, and not its tokens alone."""
+    return any(
+        OBJECTIVES[entry["kind"]].across_rows or "image" in entry.get("modalities", ())
+        for entry in config["objectives"].values()
+    )
+
+
 def reads_teacher(entries: Mapping[str, Any]) -> bool:
     """Whether one of these objectives (entries of `config.objectives`) reads a teacher."""
     return any(OBJECTIVES[entry["kind"]].teacher or entry.get("teacher_weight", 0.0) for entry in entries.values())
