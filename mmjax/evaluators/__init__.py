@@ -14,10 +14,10 @@ from mmjax.api import Model
 from mmjax.errors import UserError
 from mmjax.evaluators.captions import Captions
 from mmjax.evaluators.compositional import Compositional
-from mmjax.evaluators.matching import Matching
 from mmjax.evaluators.few_shot import FewShot
 from mmjax.evaluators.knn import Knn
 from mmjax.evaluators.linear_probe import LinearProbe
+from mmjax.evaluators.matching import Matching
 from mmjax.evaluators.retrieval import Retrieval
 from mmjax.evaluators.zeroshot import ZeroShot
 
