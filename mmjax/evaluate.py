@@ -3,10 +3,13 @@
     python -m mmjax.evaluate --workdir=runs/quickstart
     python -m mmjax.evaluate --workdir=runs/quickstart --step=400
     python -m mmjax.evaluate --workdir=runs/quickstart --follow
+    python -m mmjax.evaluate --workdir=runs/quickstart --all --evaluators=configs/quickstart.py:languages=all
 
-It runs the evaluators of the run's own config and writes into WORKDIR/eval/: metrics.jsonl,
-TensorBoard events and pictures. It reads the run and changes nothing in it. With --follow it
-evaluates every new checkpoint until the run is finished; what it evaluated before, it skips.
+It runs the evaluators of the run's own config, or those of another recipe, and writes into WORKDIR/eval/:
+metrics.jsonl, TensorBoard events and pictures. It reads the run and changes nothing in it. With --all it evaluates
+every checkpoint that is there, with --follow also every new one until the run is finished; what an evaluator has
+reported of a checkpoint before, it does not repeat. Where `train.best_metric` is set, the trainer keeps the
+checkpoint that is best by what was found here.
 Exit codes: 0 done, 2 a mistake in the flags, 130 stopped by Ctrl-C.
 """
 
@@ -14,6 +17,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
@@ -22,7 +26,9 @@ from mmjax.errors import UserError
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "the folder of the run")
 _STEP = flags.DEFINE_integer("step", None, "which checkpoint; the latest by default")
-_FOLLOW = flags.DEFINE_bool("follow", False, "wait for new checkpoints until the run is finished")
+_ALL = flags.DEFINE_bool("all", False, "every checkpoint that is there, where it was not evaluated before")
+_FOLLOW = flags.DEFINE_bool("follow", False, "the same, and wait for new checkpoints until the run is finished")
+_EVALUATORS = flags.DEFINE_string("evaluators", None, "take those of this recipe, FILE.py or FILE.py:ARGUMENT")
 flags.DEFINE_bool("debug", False, "show tracebacks and the libraries' own messages")
 
 POLL_SECONDS = 2.0
@@ -32,14 +38,14 @@ def main() -> int:
     """Evaluates as the flags say; returns the exit code."""
     if _WORKDIR.value is None:
         raise UserError("--workdir is missing: the folder of the run")
-    if _FOLLOW.value and _STEP.value is not None:
-        raise UserError("--follow and --step exclude each other")
+    several = _FOLLOW.value or _ALL.value
+    if several and _STEP.value is not None:
+        raise UserError(f"--{'follow' if _FOLLOW.value else 'all'} and --step exclude each other")
     from mmjax import runtime
 
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a trainer may be on the same device
     runtime.configure()
     from mmjax import api
-    from mmjax.evaluators import Evaluation
     from mmjax.training import feedback
     from mmjax.training.checkpoint import saved_steps
     from mmjax.training.loop import RESULT
@@ -47,32 +53,17 @@ def main() -> int:
     workdir = Path(_WORKDIR.value)
     while _FOLLOW.value and not (workdir / "config.json").exists():
         time.sleep(POLL_SECONDS)  # the run may be about to start
-    config = api.load_config(workdir)
-    if not config.evaluators:
-        raise UserError(f"the config of {workdir} has no evaluators")
-    evaluation = Evaluation(config.evaluators)
-    folder = workdir / "eval"
-    done = {line["step"] for line in feedback.read_metrics(folder / "metrics.jsonl")}
-    writer = feedback.MetricWriter(folder)
-
-    def evaluate(model: api.Model) -> None:
-        feedback.say(f"evaluating step {model.step} of {workdir}")
-        metrics = evaluation.run([*config.evaluators], model, folder / "pictures")
-        writer.write(model.step, metrics)
-        feedback.show_evaluation(metrics)
-
-    try:
-        if not _FOLLOW.value:
-            evaluate(api.load(workdir, _STEP.value))
-            feedback.say(f"results: {folder}")
+    with Findings(workdir) as findings:
+        if not several:
+            findings.add(api.load(workdir, _STEP.value), findings.names)
+            feedback.say(f"results: {findings.folder}")
             return 0
         model = None
         while True:
             # Asked in this order: a finished run has written its last checkpoint before it says so.
-            finished = (workdir / RESULT).exists()
-            waiting = [step for step in saved_steps(workdir) if step not in done]
+            finished = _ALL.value or (workdir / RESULT).exists()
+            waiting = [step for step in saved_steps(workdir) if findings.missing(step)]
             for step in waiting:
-                done.add(step)
                 try:
                     loaded = api.load(workdir, step)
                 except (OSError, ValueError):
@@ -81,13 +72,60 @@ def main() -> int:
                     feedback.say(f"step {step} was removed before it could be read: skipped")
                     continue
                 model = loaded if model is None else model.with_params(loaded.params, step)
-                evaluate(model)
+                findings.add(model, findings.missing(step))
             if finished and not waiting:
-                feedback.say(f"the run is finished; results: {folder}")
+                feedback.say(f"{'nothing is' if _ALL.value else 'the run is finished; nothing is'} left to evaluate")
+                feedback.say(f"results: {findings.folder}")
                 return 0
             time.sleep(0 if waiting else POLL_SECONDS)
-    finally:
-        writer.close()
+
+
+class Findings:
+    """What evaluators found in a run's checkpoints: WORKDIR/eval/.
+
+    Raises:
+      UserError: there is no run, or its evaluators will not do.
+    """
+
+    def __init__(self, workdir: Path):
+        from mmjax import api
+        from mmjax.evaluators import Evaluation
+        from mmjax.training import feedback
+        from mmjax.validation import check_evaluators
+
+        self.folder, self._config = workdir / "eval", api.load_config(workdir)
+        if _EVALUATORS.value:
+            self._config.evaluators = cli.load_recipe(_EVALUATORS.value).evaluators
+            check_evaluators(self._config)
+        self.names = [*self._config.evaluators]
+        if not self.names:
+            raise UserError(f"the config of {_EVALUATORS.value or workdir} has no evaluators")
+        self._evaluation = Evaluation(self._config.evaluators)
+        self._lines = feedback.read_metrics(self.folder / "metrics.jsonl")
+        self._writer = feedback.MetricWriter(self.folder)
+
+    def __enter__(self) -> "Findings":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._writer.close()
+
+    def missing(self, step: int) -> list[str]:
+        """The evaluators that have reported nothing of this checkpoint yet."""
+        known = {name.split("/")[1] for line in self._lines if line["step"] == step for name in line if "/" in name}
+        return [name for name in self.names if name not in known]
+
+    def add(self, model: Any, names: list[str]) -> None:
+        """Evaluates a model; writes and shows what is found, and marks the checkpoint that is the best so far."""
+        from mmjax.training import feedback
+        from mmjax.training.checkpoint import mark_best
+
+        feedback.say(f"evaluating step {model.step} of {self.folder.parent}")
+        metrics = self._evaluation.run(names, model, self.folder / "pictures")
+        self._writer.write(model.step, metrics)
+        self._lines.append({"step": model.step, **metrics})
+        feedback.show_evaluation(metrics)
+        mark_best(self.folder.parent, self._config, self._lines)
 
 
 if __name__ == "__main__":

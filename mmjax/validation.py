@@ -44,7 +44,7 @@ def validate(config: ConfigDict, device_count: int) -> None:
     _check_model(config)
     _check_training(config)
     _check_objectives(config)
-    _check_evaluators(config)
+    check_evaluators(config)
     _check_mesh(config, device_count)
 
 
@@ -57,9 +57,7 @@ def _check_structure(config: ConfigDict) -> None:
     for part, make in PARTS.items():
         if config.model.get(part):
             template.model[part] = make()
-    for name, evaluator in config.evaluators.items():
-        _one_of(evaluator.get("kind", "?"), EVALUATORS, f"evaluators.{name}.kind")
-        template.evaluators[name] = EVALUATORS[evaluator.kind]()
+    template.evaluators = config.evaluators  # see check_evaluators
     for name, entry in config.objectives.items():
         _one_of(entry.get("kind", "?"), OBJECTIVES, f"objectives.{name}.kind")
         template.objectives[name] = objective(kind=entry.kind)
@@ -286,12 +284,20 @@ def _check_training(config: ConfigDict) -> None:
             ) from None
 
 
-def _check_evaluators(config: ConfigDict) -> None:
+def check_evaluators(config: ConfigDict) -> None:
+    """Checks the evaluators of a config, and that its model has what they need.
+
+    Raises:
+      UserError: as `validate`.
+    """
     from mmjax.objectives import parts_of, trains_pooling
 
     parts = parts_of(config)
     for name, entry in config.evaluators.items():
-        key, labelled = f"evaluators.{name}", entry.kind in LABELLED
+        key = f"evaluators.{name}"
+        _one_of(entry.get("kind", "?"), EVALUATORS, f"{key}.kind")
+        _check_like(entry, EVALUATORS[entry.kind](), key)
+        labelled = entry.kind in LABELLED
         needed = {"image"} if labelled else {"image", "decoder"} if entry.kind == "captions" else {"image", "text"}
         if entry.kind == "matching" or entry.get("rerank") or entry.get("by") == "matching":
             needed.add("matching")

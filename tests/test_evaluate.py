@@ -51,6 +51,28 @@ def test_following_again_has_nothing_to_do(followed):
 
 
 @pytest.mark.slow
+def test_all_checkpoints_are_evaluated_by_the_evaluators_of_another_recipe(followed, tmp_path):
+    workdir, _ = followed
+    recipe = tmp_path / "more.py"
+    recipe.write_text(
+        "from mmjax import config as configs\nfrom tests import tiny\n\n\ndef get_config(arg='0'):\n"
+        "    config = tiny.get_config()\n    config.evaluators.wide = configs.retrieval(\n"
+        "        source='openmoji:en', match='record', gallery_split='all', rerank=int(arg))\n    return config\n"
+    )
+    arguments = (f"--workdir={workdir}", "--all", f"--evaluators={recipe}")
+    code, output = programs.run("evaluate", *arguments)
+    assert code == 0 and output.count("evaluating step") == 3, output
+    lines = read_metrics(workdir / "eval" / "metrics.jsonl")[-3:]
+    assert [line["step"] for line in lines] == [4, 8, 12]
+    for line in lines:  # and what is known already is not found again
+        assert "eval/wide/text_to_image_R@1" in line and not any(name.startswith("eval/test/") for name in line)
+    code, output = programs.run("evaluate", *arguments)
+    assert code == 0 and "evaluating" not in output and "nothing is left to evaluate" in output
+    code, output = programs.run("evaluate", *arguments[:2], f"--evaluators={recipe}:5")
+    assert code == 2 and "config.evaluators.wide: no objective trains what it needs: matching" in output
+
+
+@pytest.mark.slow
 def test_one_step_is_evaluated_by_number(followed):
     workdir, _ = followed
     code, output = programs.run("evaluate", f"--workdir={workdir}", "--step=8")

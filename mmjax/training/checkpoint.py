@@ -5,11 +5,12 @@ import functools
 import gc
 import inspect
 import json
+import math
 import os
 import shutil
 import sys
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,11 +29,13 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 
 from mmjax.config import to_plain
 from mmjax.errors import UserError, one_line
+from mmjax.files import write_atomically
 from mmjax.sharding import distributed
 from mmjax.sharding.rules import parameter_shardings, path_name
 from mmjax.training.state import TrainState, with_shardings
 
 FOLDER, DAMAGED_FOLDER = "checkpoints", "damaged_checkpoints"
+BEST = "eval/best.json"  # written by the separate evaluation
 ARRAYS = ("params", "opt_state", "ema", "health")
 ITEMS = (*ARRAYS, "checksums", "config", "tokenizer", "data")
 
@@ -69,6 +72,7 @@ class Checkpoints:
         judged = train.best_metric and not read_only
         if judged:
             # Without the metric a checkpoint is not a candidate; LatestN still keeps the new ones.
+            policies.append(_Marked(Path(workdir)))
             policies.append(
                 BestN(
                     get_metric_fn=self._best_value,
@@ -233,6 +237,38 @@ class Checkpoints:
                 f"no space left in {self._path} for a checkpoint; {goes_on}; free some space, and the same command "
                 "goes on from there"
             ) from error
+
+
+class _Marked:
+    """Keeps the checkpoint that the separate evaluation found best."""
+
+    def __init__(self, workdir: Path):
+        self._path = workdir / BEST
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        try:
+            best = json.loads(self._path.read_text())["step"]
+        except (OSError, ValueError, KeyError, TypeError):
+            best = None
+        return [info.step == best for info in checkpoints]
+
+
+def mark_best(workdir: Path, config: ConfigDict, lines: Iterable[Mapping[str, float]]) -> None:
+    """Tells a trainer which of its checkpoints is the best by `train.best_metric`, where that is set.
+
+    Args:
+      workdir: the run's.
+      config: the run's.
+      lines: the metrics that the separate evaluation has found, each with its `step`.
+    """
+    metric, sign = config.train.best_metric, 1 if config.train.best_mode == "max" else -1
+    there = saved_steps(workdir)
+    found = [(sign * line[metric], line["step"]) for line in lines if metric in line and line["step"] in there]
+    if found := [(value, step) for value, step in found if not math.isnan(value)]:
+        value, step = max(found)
+        content = {"step": step, metric: sign * value}
+        (workdir / BEST).parent.mkdir(exist_ok=True)
+        write_atomically(workdir / BEST, (json.dumps(content) + "\n").encode())
 
 
 @contextmanager

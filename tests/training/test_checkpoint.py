@@ -1,5 +1,6 @@
 import asyncio
 import gc
+import json
 import shutil
 import subprocess
 import sys
@@ -44,6 +45,29 @@ def test_the_latest_and_the_best_are_kept(run):
             checkpoints.save(at_step(state, step), {}, {}, {})
             checkpoints.wait()
     assert saved_steps(run.workdir) == [2, 7]
+
+
+def test_what_a_separate_evaluation_finds_best_is_kept(run):
+    def lines(*recalls):
+        return [{"step": step, "eval/test/text_to_image_R@1": recall} for step, recall in enumerate(recalls, 1)]
+
+    with jax.set_mesh(run.mesh), Checkpoints(run.workdir, run.config) as checkpoints:
+        state = run.make_state()
+        for step in (1, 2, 3):
+            checkpoints.save(at_step(state, step), {}, {}, {})
+            checkpoints.wait()
+            if step == 2:
+                checkpoint.mark_best(run.workdir, run.config, lines(0.9, 0.5))  # 1 is gone by now
+    assert saved_steps(run.workdir) == [2, 3]
+    checkpoint.mark_best(run.workdir, run.config, lines(0.9, 0.5, float("nan")))
+    assert json.loads((run.workdir / "eval" / "best.json").read_text()) == {
+        "step": 2,
+        "eval/test/text_to_image_R@1": 0.5,
+    }
+    (run.workdir / "eval" / "best.json").write_text("{")  # written by nobody, but a full disk is not the end of a run
+    with jax.set_mesh(run.mesh), Checkpoints(run.workdir, run.config) as checkpoints:
+        checkpoints.save(at_step(state, 4), {}, {}, {})
+    assert saved_steps(run.workdir) == [4]
 
 
 def test_a_state_comes_back_exactly_on_another_mesh(run, monkeypatch):
