@@ -11,6 +11,7 @@ from mmjax.api import Model
 from mmjax.data.pipeline import captions_of, evaluation_images
 from mmjax.data.sources import open_entry
 from mmjax.evaluators import caption_metrics, contact_sheet
+from mmjax.evaluators.images import Images, unreadable
 
 SHEET = 12
 
@@ -42,13 +43,7 @@ class Captions:
         `exact_match` is the share of captions that are one of the image's own, up to case and spaces. `BLEU-1` to
         `BLEU-4`, `ROUGE-L` and `CIDEr-D` are those of `caption_metrics`, `bits_per_byte` that of `bits_per_byte`.
         """
-        entry, encoder, unreadable = self._entry, model.config.model.encoders.image, {}
-
-        def load_images(rows: np.ndarray) -> np.ndarray:
-            pixels, broken = evaluation_images(self._source, encoder.image_size, encoder.resize, rows)
-            unreadable.update(dict.fromkeys(broken))
-            return pixels
-
+        entry, load_images = self._entry, Images(self._source, model)
         found = model.caption_rows(
             len(self._wanted),
             load_images,
@@ -56,8 +51,7 @@ class Captions:
             beams=entry.beams,
             length_penalty=entry.length_penalty,
         )
-        if unreadable:  # of this process's rows; they were evaluated as grey images
-            yield "unreadable_images", float(len(unreadable))
+        yield from unreadable(load_images)
         right = [_plain(caption) in map(_plain, wanted) for caption, wanted in zip(found, self._wanted, strict=True)]
         yield "exact_match", float(np.mean(right))
         yield from _overlap(found, self._wanted)

@@ -11,9 +11,10 @@ from jaxtyping import Array, Float, Int, Num
 from ml_collections import ConfigDict
 
 from mmjax.api import Model
-from mmjax.data.pipeline import captions_of, evaluation_images
-from mmjax.data.sources import Source, open_entry
+from mmjax.data.pipeline import captions_of
+from mmjax.data.sources import open_entry
 from mmjax.errors import UserError
+from mmjax.evaluators.images import Images, unreadable
 
 
 class Split(NamedTuple):
@@ -77,21 +78,11 @@ class Labelled:
 
         Of the training split, only `train_rows` where they are given.
         """
-        encoder, unreadable = model.config.model.encoders.image, set()
-
-        def of(source: Source, rows: np.ndarray) -> np.ndarray:
-            def load_images(places: np.ndarray) -> np.ndarray:
-                images, broken = evaluation_images(source, encoder.image_size, encoder.resize, rows[places])
-                unreadable.update((id(source), line) for line in broken)
-                return images
-
-            return model.features_rows("image", len(rows), load_images, self._entry.batch_size)
-
-        rows = np.arange(len(self._train)) if train_rows is None else train_rows
-        train = Split(of(self._train, rows), self._train_labels[rows])
-        test = Split(of(self._test, np.arange(len(self._test))), self._test_labels)
-        if unreadable:  # of this process's rows; they were evaluated as grey images
-            yield "unreadable_images", float(len(unreadable))
+        rows, size = np.arange(len(self._train)) if train_rows is None else train_rows, self._entry.batch_size
+        load_train, load_test = Images(self._train, model, rows), Images(self._test, model)
+        train = Split(model.features_rows("image", len(rows), load_train, size), self._train_labels[rows])
+        test = Split(model.features_rows("image", len(self._test), load_test, size), self._test_labels)
+        yield from unreadable(load_train, load_test)
         return train, test
 
 

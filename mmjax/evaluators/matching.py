@@ -10,9 +10,10 @@ from jaxtyping import Bool, Float, Int
 from ml_collections import ConfigDict
 
 from mmjax.api import Model
-from mmjax.data.pipeline import captions_of, evaluation_images, pixels_or_bytes
+from mmjax.data.pipeline import captions_of, pixels_or_bytes
 from mmjax.data.sources import open_entry
 from mmjax.errors import UserError
+from mmjax.evaluators.images import Images, unreadable
 from mmjax.evaluators.retrieval import best
 
 HARD = 10  # of so many texts that the contrastive embeddings find most similar, hard ones are drawn
@@ -68,14 +69,8 @@ class Matching:
         Accuracy is the share of right answers where a probability above 0.5 says that a text belongs to an image; 0.5
         is chance. `matching_auc` is the area under the ROC curve of the log-odds.
         """
-        entry, encoder, unreadable = self._entry, model.config.model.encoders.image, {}
-        places = np.array(self._records)
-
-        def load_images(rows: np.ndarray) -> np.ndarray:
-            pixels, broken = evaluation_images(self._source, encoder.image_size, encoder.resize, places[rows])
-            unreadable.update(dict.fromkeys(broken))
-            return pixels
-
+        entry, places = self._entry, np.array(self._records)
+        load_images = Images(self._source, model, places)
         ids = model.tokenizer.encode(self._texts, model.config.model.encoders.text.length)
 
         def load_texts(rows: np.ndarray) -> np.ndarray:
@@ -91,8 +86,7 @@ class Matching:
         odds = model.match_rows(
             np.tile(images, 2), np.concatenate([texts, wrong]), load_images, load_texts, entry.batch_size
         )
-        if unreadable:  # of this process's rows; they were evaluated as grey images
-            yield "unreadable_images", float(len(unreadable))
+        yield from unreadable(load_images)
         belongs = np.arange(len(odds)) < len(images)
         yield "matching_accuracy", float(np.where(belongs, odds > 0, odds <= 0).mean())
         yield "matching_auc", area_under_roc(odds, belongs)

@@ -14,6 +14,7 @@ from mmjax.data.pipeline import captions_of, evaluation_images, pixels_or_bytes
 from mmjax.data.sources import Source, open_entry
 from mmjax.errors import UserError
 from mmjax.evaluators import contact_sheet
+from mmjax.evaluators.images import Images, unreadable
 from mmjax.evaluators.ranking import TOP, average_precision, best, reranked, rivals
 
 RECALLS = (1, 5, 10)
@@ -90,18 +91,11 @@ class Retrieval:
         """Yields the metrics; draws a contact sheet where the entry asks for one."""
         entry, gallery = self._entry, np.array(list(self._images.values()))
         captions, owners = self._captions
-        encoder, unreadable = model.config.model.encoders.image, {}
-
-        def load_images(rows: np.ndarray) -> np.ndarray:
-            pixels, broken = evaluation_images(self._gallery, encoder.image_size, encoder.resize, gallery[rows])
-            unreadable.update(dict.fromkeys(broken))
-            return pixels
-
+        load_images = Images(self._gallery, model, gallery)
         ids = model.tokenizer.encode(captions, model.config.model.encoders.text.length)
         texts = model.encode_rows("text", len(captions), lambda rows: ids[rows], entry.batch_size)
         images = model.encode_rows("image", len(gallery), load_images, entry.batch_size)
-        if unreadable:  # of this process's rows; they were evaluated as grey images
-            yield "unreadable_images", float(len(unreadable))
+        yield from unreadable(load_images)
         numbers = {image: number for number, image in enumerate(self._images)}
         text_owners = np.array([numbers[image] for image, _ in owners])
         image_owners = np.arange(len(gallery))

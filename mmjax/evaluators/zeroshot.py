@@ -13,10 +13,11 @@ from jaxtyping import Float, Int
 from ml_collections import ConfigDict
 
 from mmjax.api import Model
-from mmjax.data.pipeline import NoCaption, captions_of, evaluation_images
+from mmjax.data.pipeline import NoCaption, captions_of
 from mmjax.data.sources import open_entry
 from mmjax.errors import UserError, one_line
 from mmjax.evaluators import confusion_matrix
+from mmjax.evaluators.images import Images, unreadable
 from mmjax.evaluators.ranking import best, ranks
 
 TEMPLATES = ("a photo of a {}.", "a picture of a {}.", "an image of a {}.")
@@ -81,16 +82,9 @@ class ZeroShot:
         `mean_per_class_recall` is the mean of the classes' own top-1 accuracies, over the classes that have images.
         With five classes or fewer all would be among the first five, and there is no `zeroshot_top5`.
         """
-        entry, encoder, unreadable = self._entry, model.config.model.encoders.image, {}
-
-        def load_images(rows: np.ndarray) -> np.ndarray:
-            pixels, broken = evaluation_images(self._source, encoder.image_size, encoder.resize, rows)
-            unreadable.update(dict.fromkeys(broken))
-            return pixels
-
+        entry, load_images = self._entry, Images(self._source, model)
         images = model.encode_rows("image", len(self._labels), load_images, entry.batch_size)
-        if unreadable:  # of this process's rows; they were evaluated as grey images
-            yield "unreadable_images", float(len(unreadable))
+        yield from unreadable(load_images)
         classes = class_embeddings(model, self._classes, self._templates, entry.batch_size)
         found = class_ranks(images, classes, self._labels, self._classes)
         yield "zeroshot_top1", float((found < 1).mean())

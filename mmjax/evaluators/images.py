@@ -1,0 +1,32 @@
+"""Loading the images of a source as a model's tower reads them."""
+
+from collections.abc import Iterator
+
+import numpy as np
+from jaxtyping import Int, UInt8
+
+from mmjax.api import Model
+from mmjax.data.pipeline import evaluation_images
+from mmjax.data.sources import Source
+
+
+class Images:
+    """Loads rows: those of `source`, or its records `places[row]`. Remembers which could not be read: they are grey."""
+
+    def __init__(self, source: Source, model: Model, places: Int[np.ndarray, " rows"] | None = None):
+        self._source, self._encoder, self._places = source, model.config.model.encoders.image, places
+        self.broken: set[str] = set()
+
+    def __call__(self, rows: Int[np.ndarray, " rows"]) -> UInt8[np.ndarray, "rows height width 3"]:
+        """The pixels of these rows."""
+        places = rows if self._places is None else self._places[rows]
+        pixels, broken = evaluation_images(self._source, self._encoder.image_size, self._encoder.resize, places)
+        self.broken.update(broken)
+        return pixels
+
+
+def unreadable(*images: Images) -> Iterator[tuple[str, float]]:
+    """The metric `unreadable_images`, where there are some: of this process's rows, as far as they were loaded."""
+    count = sum(len(each.broken) for each in images)
+    if count:
+        yield "unreadable_images", float(count)
