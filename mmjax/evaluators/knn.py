@@ -85,7 +85,8 @@ def weigh(
 
     "Unsupervised Feature Learning via Non-Parametric Instance Discrimination", Wu et al. 2018, section 3.4.
     """
-    weights = np.exp((similarities - similarities.max(axis=1, keepdims=True)) / temperature)
+    with np.errstate(invalid="ignore"):  # of NaNs, which earn nothing
+        weights = np.exp((similarities - similarities.max(axis=1, keepdims=True)) / temperature)
     votes = np.zeros((len(labels), classes))
     np.add.at(votes, (np.arange(len(labels))[:, None], labels), weights)
     return votes / votes.sum(axis=1, keepdims=True)
