@@ -211,14 +211,14 @@ def show_evaluation(metrics: Mapping[str, float]) -> None:
         if found:
             direction = found[1].replace("_", " ") + (", reranked" if found[2] else "")
             rows.setdefault((evaluator, direction), {})[found[3]] = value
-        else:
+        elif not re.fullmatch("(image|text)_retrieval_recall@5", metric):  # other names of R@5
             others[f"{evaluator}/{metric}"] = value
     table = Table(title="Retrieval on held-out data")
-    for column in ("evaluator", "direction", "R@1", "R@5", "R@10", "median rank"):
+    for column in ("evaluator", "direction", "R@1", "R@5", "R@10", "mAP@10", "median rank"):
         table.add_column(column, justify="left" if column in ("evaluator", "direction") else "right")
     for (evaluator, direction), row in rows.items():
-        recalls = [f"{row[f'R@{k}']:.3f}" for k in (1, 5, 10)]
-        table.add_row(evaluator, direction, *recalls, f"{row['median_rank']:g}")
+        shown = [f"{row[name]:.3f}" if name in row else "" for name in ("R@1", "R@5", "R@10", "mAP@10")]
+        table.add_row(evaluator, direction, *shown, f"{row['median_rank']:g}")
     if jax.process_index() != 0:
         return
     if rows:
