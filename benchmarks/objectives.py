@@ -58,14 +58,22 @@ def run(name: str, seed: int, steps: int, folder: Path) -> dict[str, float]:
         command.append(f"--config.{FROM_ANOTHER[name]}={folder / f'quickstart-{seed}'}")
     if not (workdir / "result.json").exists():
         subprocess.run(command, cwd=ROOT, check=True)
-    found = json.loads((workdir / "result.json").read_text())["metrics"]
-    for line in (workdir / "eval" / "metrics.jsonl").read_text().splitlines() if (workdir / "eval").is_dir() else ():
-        found |= json.loads(line)
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    result = json.loads((workdir / "result.json").read_text())
+    if result["step"] != steps:
+        sys.exit(f"{workdir} holds a run of {result['step']} steps: choose another --folder")
+    lines, later = (read_lines(workdir / name) for name in ("metrics.jsonl", "eval/metrics.jsonl"))
+    found = result["metrics"]
+    for line in later:
+        found |= line if line["step"] == steps else {}
     seconds = [line["perf/step_seconds"] for line in lines if "perf/step_seconds" in line]
     return {key: found[metric] for key, metric in METRICS.items() if metric in found} | {
         "step_seconds": statistics.median(seconds)
     }
+
+
+def read_lines(path: Path) -> list[dict[str, float]]:
+    """The lines of a metrics.jsonl, where it is there."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def summary(rounds: list[dict[str, float]]) -> dict[str, float]:

@@ -97,8 +97,8 @@ def _parse(argv: list[str], positional: Sequence[str]) -> list[str]:
     return arguments
 
 
-def load_recipe(recipe: str) -> ConfigDict:
-    """The config of "file.py" or "file.py:argument".
+def load_recipe(recipe: str, flag: str = "config") -> ConfigDict:
+    """The config of "file.py" or "file.py:argument", which was given with this flag.
 
     Raises:
       UserError: there is no such file, or it fails.
@@ -107,10 +107,10 @@ def load_recipe(recipe: str) -> ConfigDict:
     if not os.path.isfile(path):
         folder = os.path.dirname(path) or "."
         near = [name for name in os.listdir(folder) if name.endswith(".py")] if os.path.isdir(folder) else []
-        raise UserError(f"--config: no file {path}; {configs.suggest(os.path.basename(path), near)}")
+        raise UserError(f"--{flag}: no file {path}; {configs.suggest(os.path.basename(path), near)}")
     try:
         return runpy.run_path(path)["get_config"](*[argument] if colon else [])
     except UserError:
         raise
     except Exception as error:  # a recipe is the user's code: anything may come out of it
-        raise UserError(f"--config: {recipe} failed: {type(error).__name__}: {error}") from error
+        raise UserError(f"--{flag}: {recipe} failed: {type(error).__name__}: {error}") from error

@@ -6,7 +6,7 @@
     python -m mmjax.evaluate --workdir=runs/quickstart --all --evaluators=configs/quickstart.py:languages=all
 
 It runs the evaluators of the run's own config, or those of another recipe, and writes into WORKDIR/eval/:
-metrics.jsonl, TensorBoard events and pictures. It reads the run and changes nothing in it. With --all it evaluates
+metrics.jsonl, TensorBoard events and pictures. It writes nothing else. With --all it evaluates
 every checkpoint that is there, with --follow also every new one until the run is finished; what an evaluator has
 reported of a checkpoint before, it does not repeat. Where `train.best_metric` is set, the trainer keeps the
 checkpoint that is best by what was found here.
@@ -16,12 +16,15 @@ Exit codes: 0 done, 2 a mistake in the flags, 130 stopped by Ctrl-C.
 import os
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from absl import flags
+from ml_collections import ConfigDict
 
 from mmjax import cli
+from mmjax import config as configs
 from mmjax.errors import UserError
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "the folder of the run")
@@ -61,7 +64,7 @@ def main() -> int:
         model = None
         while True:
             # Asked in this order: a finished run has written its last checkpoint before it says so.
-            finished = _ALL.value or (workdir / RESULT).exists()
+            finished = not _FOLLOW.value or (workdir / RESULT).exists()
             waiting = [step for step in saved_steps(workdir) if findings.missing(step)]
             for step in waiting:
                 try:
@@ -74,7 +77,7 @@ def main() -> int:
                 model = loaded if model is None else model.with_params(loaded.params, step)
                 findings.add(model, findings.missing(step))
             if finished and not waiting:
-                feedback.say(f"{'nothing is' if _ALL.value else 'the run is finished; nothing is'} left to evaluate")
+                feedback.say(f"{'the run is finished; ' if _FOLLOW.value else ''}nothing is left to evaluate")
                 feedback.say(f"results: {findings.folder}")
                 return 0
             time.sleep(0 if waiting else POLL_SECONDS)
@@ -94,13 +97,18 @@ class Findings:
         from mmjax.validation import check_evaluators
 
         self.folder, self._config = workdir / "eval", api.load_config(workdir)
+        own = _whole(self._config.evaluators)
         if _EVALUATORS.value:
-            self._config.evaluators = cli.load_recipe(_EVALUATORS.value).evaluators
-            check_evaluators(self._config)
-        self.names = [*self._config.evaluators]
+            self._config.evaluators = cli.load_recipe(_EVALUATORS.value, "evaluators").evaluators
+        self._config.evaluators = entries = _whole(self._config.evaluators)
+        check_evaluators(self._config)
+        self.names = [*entries]
         if not self.names:
             raise UserError(f"the config of {_EVALUATORS.value or workdir} has no evaluators")
-        self._evaluation = Evaluation(self._config.evaluators)
+        for name in self.names:  # what was found before is known by their names
+            if name in own and configs.to_plain(own[name]) != configs.to_plain(entries[name]):
+                raise UserError(f"evaluators.{name} of {_EVALUATORS.value} is another one than the run's: rename it")
+        self._evaluation = Evaluation(entries)
         self._lines = feedback.read_metrics(self.folder / "metrics.jsonl")
         self._writer = feedback.MetricWriter(self.folder)
 
@@ -126,6 +134,15 @@ class Findings:
         self._lines.append({"step": model.step, **metrics})
         feedback.show_evaluation(metrics)
         mark_best(self.folder.parent, self._config, self._lines)
+
+
+def _whole(entries: Mapping[str, ConfigDict]) -> ConfigDict:
+    """Evaluators with the defaults of options that their run did not know yet; when they run is of no matter here."""
+    known = {
+        name: configs.EVALUATORS[entry.kind](**entry) if entry.get("kind") in configs.EVALUATORS else entry
+        for name, entry in entries.items()
+    }
+    return ConfigDict({name: {**entry, "every": 0} for name, entry in known.items()})
 
 
 if __name__ == "__main__":

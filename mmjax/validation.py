@@ -192,7 +192,7 @@ def _check_part(config: ConfigDict, name: str) -> None:
 
 def _check_objectives(config: ConfigDict) -> None:
     """Everything that an objective needs is there."""
-    from mmjax.objectives import inputs_of, parts_of, parts_read, reads_teacher, trains_pooling
+    from mmjax.objectives import inputs_of, parts_of, parts_read, reads_teacher
 
     for name, entry in config.objectives.items():
         for part in PARTS:
@@ -223,7 +223,7 @@ def _check_objectives(config: ConfigDict) -> None:
         raise UserError(f"config.objectives.{unused[0]}: no stream trains it; name it in a stream's objectives")
     parts, text = parts_of(config), config.model.encoders.text
     kinds = {entry.kind: name for name, entry in config.objectives.items()}
-    if "matching" in kinds and not trains_pooling(config) and not config.init_from.workdir:
+    if "matching" in kinds and not _has_embeddings(config):
         raise UserError(
             f"config.objectives.{kinds['matching']}: it draws wrong pairs by similarities of embeddings, which "
             "nothing trains; add softmax or sigmoid, or take towers over with init_from"
@@ -290,7 +290,7 @@ def check_evaluators(config: ConfigDict) -> None:
     Raises:
       UserError: as `validate`.
     """
-    from mmjax.objectives import parts_of, trains_pooling
+    from mmjax.objectives import parts_of
 
     parts = parts_of(config)
     for name, entry in config.evaluators.items():
@@ -303,14 +303,24 @@ def check_evaluators(config: ConfigDict) -> None:
             needed.add("matching")
         if missing := sorted(needed - parts):
             raise UserError(f"config.{key}: no objective trains what it needs: {missing[0]}")
-        if labelled and config.model.encoders.image.pooling == "map" and not trains_pooling(config):
+        if labelled and config.model.encoders.image.pooling == "map" and not _has_embeddings(config):
             raise UserError(
                 f'config.model.encoders.image.pooling: {key} reads "map", which no objective trains; use "mean"'
             )
+        compares = entry.kind in ("retrieval", "zeroshot") or entry.get("by") == "cosine" or entry.get("hard")
+        if compares and not _has_embeddings(config):
+            raise UserError(f"config.{key}: it compares embeddings, which no objective trains")
         for option, low in LOWEST.items():
             if option in entry:
                 _at_least(config, f"{key}.{option}", low)
         _check_options(entry, key)
+
+
+def _has_embeddings(config: ConfigDict) -> bool:
+    """Whether what the image tower pools means something: an objective trains it, or it is taken over."""
+    from mmjax.objectives import trains_pooling
+
+    return trains_pooling(config) or bool(config.init_from.workdir)
 
 
 def _check_options(entry: ConfigDict, key: str) -> None:

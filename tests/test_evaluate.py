@@ -13,7 +13,13 @@ from mmjax.errors import UserError
 from mmjax.training.feedback import read_metrics
 from tests import programs
 
-ARGUMENTS = ("--config=tests/tiny.py:12", "--config.train.checkpoint_every=4", "--config.train.max_to_keep=5")
+ARGUMENTS = (
+    "--config=tests/tiny.py:12",
+    "--config.train.checkpoint_every=4",
+    "--config.train.max_to_keep=5",
+    "--config.train.best_metric=eval/test/text_to_image_mean_rank",
+    "--config.train.best_mode=min",
+)
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +45,9 @@ def test_following_evaluates_every_checkpoint_as_the_trainer_does(followed):
         metrics = {name: value for name, value in line.items() if name.startswith("eval/")}
         assert metrics and metrics == {name: own[step][name] for name in metrics}
     assert list((workdir / "eval").glob("events.out.tfevents*"))
+    metric = "eval/test/text_to_image_mean_rank"
+    best = min(own.values(), key=lambda line: line[metric])
+    assert json.loads((workdir / "eval" / "best.json").read_text()) == {"step": best["step"], metric: best[metric]}
 
 
 @pytest.mark.slow
@@ -68,8 +77,17 @@ def test_all_checkpoints_are_evaluated_by_the_evaluators_of_another_recipe(follo
         assert "eval/wide/text_to_image_R@1" in line and not any(name.startswith("eval/test/") for name in line)
     code, output = programs.run("evaluate", *arguments)
     assert code == 0 and "evaluating" not in output and "nothing is left to evaluate" in output
-    code, output = programs.run("evaluate", *arguments[:2], f"--evaluators={recipe}:5")
-    assert code == 2 and "config.evaluators.wide: no objective trains what it needs: matching" in output
+    for mistake, message in (
+        (f"--evaluators={recipe}:5", "config.evaluators.wide: no objective trains what it needs: matching"),
+        (
+            "--evaluators=configs/quickstart.py",
+            "evaluators.test of configs/quickstart.py is another one than the run's",
+        ),
+        ("--evaluators=nowhere.py", "--evaluators: no file nowhere.py"),
+        ("--step=4", "--all and --step exclude each other"),
+    ):
+        code, output = programs.run("evaluate", *arguments[:2], mistake)
+        assert code == 2 and message in output, output
 
 
 @pytest.mark.slow

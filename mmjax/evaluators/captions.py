@@ -52,7 +52,7 @@ class Captions:
             length_penalty=entry.length_penalty,
         )
         yield from unreadable(load_images)
-        right = [_plain(caption) in map(_plain, wanted) for caption, wanted in zip(found, self._wanted, strict=True)]
+        right = [plain(caption) in map(plain, wanted) for caption, wanted in zip(found, self._wanted, strict=True)]
         yield "exact_match", float(np.mean(right))
         yield from _overlap(found, self._wanted)
         yield "bits_per_byte", bits_per_byte(model, self._wanted, load_images, entry.batch_size)
@@ -102,5 +102,6 @@ def _overlap(found: Sequence[str], wanted: Sequence[Sequence[str]]) -> Iterator[
     yield "CIDEr-D", float(caption_metrics.cider_d(captions, references).mean())
 
 
-def _plain(caption: str) -> str:
+def plain(caption: str) -> str:
+    """The same for captions that differ in case and spaces alone."""
     return " ".join(caption.casefold().split())

@@ -52,7 +52,8 @@ class Compositional:
         if not self._entry.source:
             raise UserError("source is empty; it has to name a .jsonl or .json file")
         path = Path(self._entry.source).expanduser()
-        self._root, self._items = self._entry.root or str(path.parent), []
+        root = Path(self._entry.root).expanduser() if self._entry.root else path.parent
+        self._root, self._items = str(root), []
         for where, raw in _read(path):
             item = _item(raw, where)
             for name in item.images:

@@ -1,12 +1,14 @@
 """Loading the images of a source as a model's tower reads them."""
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int, UInt8
 
 from mmjax.api import Model
-from mmjax.data.pipeline import evaluation_images
+from mmjax.data.pipeline import evaluation_images, pixels_or_bytes
 from mmjax.data.sources import Source
 
 
@@ -23,6 +25,11 @@ class Images:
         pixels, broken = evaluation_images(self._source, self._encoder.image_size, self._encoder.resize, places)
         self.broken.update(broken)
         return pixels
+
+
+def identity(record: Mapping[str, Any]) -> bytes:
+    """Equal for records of the same image: a digest of its bytes."""
+    return hashlib.sha256(pixels_or_bytes(record)).digest()
 
 
 def unreadable(*images: Images) -> Iterator[tuple[str, float]]:

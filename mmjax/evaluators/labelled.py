@@ -37,8 +37,8 @@ class Labelled:
         """Opens the data and checks it; reads every record once, without its image where that lies apart.
 
         Raises:
-          UserError: data is missing, both splits are the same, a record has no class, there are fewer than two, or one
-            of the test images never occurs in training.
+          UserError: data is missing, both splits are the same, a record has no class, there are fewer than two, or the
+            class of a test image never occurs in training.
         """
         self._beat, entry = beat, self._entry
         entries = [entry.to_dict() | {"split": split} for split in (entry.train_split, entry.split)]

@@ -1,6 +1,5 @@
 """Matching of held-out images and captions: does the matching head tell an image's own caption from a wrong one?"""
 
-import hashlib
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -10,11 +9,12 @@ from jaxtyping import Bool, Float, Int
 from ml_collections import ConfigDict
 
 from mmjax.api import Model
-from mmjax.data.pipeline import captions_of, pixels_or_bytes
+from mmjax.data.pipeline import captions_of
 from mmjax.data.sources import open_entry
 from mmjax.errors import UserError
-from mmjax.evaluators.images import Images, unreadable
-from mmjax.evaluators.retrieval import best
+from mmjax.evaluators.captions import plain
+from mmjax.evaluators.images import Images, identity, unreadable
+from mmjax.evaluators.ranking import best
 
 HARD = 10  # of so many texts that the contrastive embeddings find most similar, hard ones are drawn
 
@@ -44,12 +44,12 @@ class Matching:
         images_of, texts_of = [], []
         for index in range(len(self._source)):
             record = self._source[index]
-            image = images.setdefault(hashlib.sha256(pixels_or_bytes(record)).digest(), len(images))
+            image = images.setdefault(identity(record), len(images))
             if image == len(self._own):
                 self._records.append(index)
                 self._own.append(set())
             for caption in captions_of(record, self._entry.captions):
-                text = texts.setdefault(" ".join(caption.casefold().split()), len(texts))
+                text = texts.setdefault(plain(caption), len(texts))
                 if text == len(self._texts):
                     self._texts.append(caption)
                 if text not in self._own[image]:

@@ -1,6 +1,5 @@
 """Image-text retrieval, both ways: recall at 1, 5 and 10, mean average precision at 10, median and mean rank."""
 
-import hashlib
 from collections.abc import Callable, Hashable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -10,11 +9,11 @@ from jaxtyping import Float, Int
 from ml_collections import ConfigDict
 
 from mmjax.api import Model
-from mmjax.data.pipeline import captions_of, evaluation_images, pixels_or_bytes
+from mmjax.data.pipeline import captions_of, evaluation_images
 from mmjax.data.sources import Source, open_entry
 from mmjax.errors import UserError
 from mmjax.evaluators import contact_sheet
-from mmjax.evaluators.images import Images, unreadable
+from mmjax.evaluators.images import Images, identity, unreadable
 from mmjax.evaluators.ranking import TOP, average_precision, best, reranked, rivals
 
 RECALLS = (1, 5, 10)
@@ -74,8 +73,7 @@ class Retrieval:
             self._beat()
 
     def _identity(self, record: dict) -> Hashable:
-        """Equal for records of the same image: the image's bytes (their digest), or the record's key."""
-        return record["key"] if self._entry.match == "record" else hashlib.sha256(pixels_or_bytes(record)).digest()
+        return record["key"] if self._entry.match == "record" else identity(record)
 
     @cached_property
     def _captions(self) -> tuple[list[str], list[tuple[Hashable, str]]]:

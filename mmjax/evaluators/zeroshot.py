@@ -44,7 +44,7 @@ class ZeroShot:
 
         Raises:
           UserError: it is missing; a file cannot be read, or has an empty line or a template without a place for the
-            name; or a record's class cannot be told.
+            name; a record's class cannot be told; or there is only one.
         """
         entry = self._entry
         self._templates = read_templates(entry.templates) if entry.templates else TEMPLATES
@@ -57,6 +57,8 @@ class ZeroShot:
             labels.append(self._class_of(source[index], numbers))
             beat()
         self._labels, self._classes = np.array(labels), self._classes or [*numbers]
+        if len(set(self._classes)) < 2:
+            raise UserError(f"there is the one class {self._classes[0]!r}: nothing to tell apart")
 
     def _class_of(self, record: dict, numbers: dict[str, int]) -> int:
         """The number of a record's class; without a file of classes, a new name gets the next one."""

@@ -9,6 +9,7 @@ import math
 import os
 import shutil
 import sys
+import traceback
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -172,6 +173,9 @@ class Checkpoints:
                         found[name] = _reader().restore(folder, args=ocp.args.StandardRestore(target))
             except DamagedCheckpoint as error:
                 fault = DamagedCheckpoint(str(error))  # what it came from would keep what was being read
+                fault.add_note(traceback.format_exc())
+            if fault:
+                gc.collect()  # some are in cycles
         # Each process reads its own part; the checksums are computed by all together.
         if distributed.any_process(fault is not None):
             raise fault or DamagedCheckpoint(f"checkpoint {self._path / str(step)} is damaged for another process")
@@ -261,12 +265,12 @@ def mark_best(workdir: Path, config: ConfigDict, lines: Iterable[Mapping[str, fl
       config: the run's.
       lines: the metrics that the separate evaluation has found, each with its `step`.
     """
-    metric, sign = config.train.best_metric, 1 if config.train.best_mode == "max" else -1
-    there = saved_steps(workdir)
-    found = [(sign * line[metric], line["step"]) for line in lines if metric in line and line["step"] in there]
-    if found := [(value, step) for value, step in found if not math.isnan(value)]:
-        value, step = max(found)
-        content = {"step": step, metric: sign * value}
+    metric, there = config.train.best_metric, saved_steps(workdir)
+    # Of several lines of a step the last one counts.
+    found = {line["step"]: line[metric] for line in lines if metric in line and line["step"] in there}
+    if found := {step: value for step, value in found.items() if not math.isnan(value)}:
+        step = (max if config.train.best_mode == "max" else min)(found, key=found.__getitem__)
+        content = {"step": step, metric: found[step]}
         (workdir / BEST).parent.mkdir(exist_ok=True)
         write_atomically(workdir / BEST, (json.dumps(content) + "\n").encode())
 
@@ -278,7 +282,6 @@ def _leftovers_dropped() -> Iterator[None]:
     sys.unraisablehook = lambda fault: None if inspect.iscoroutine(fault.object) else hook(fault)
     try:
         yield
-        gc.collect()
     finally:
         sys.unraisablehook = hook
 

@@ -56,6 +56,8 @@ def test_parts_are_those_of_the_other_run_and_the_rest_is_new(source, tmp_path):
         np.testing.assert_array_equal(value, source[1][name] if taken else new[name], name)
         np.testing.assert_array_equal(arrays(state.ema)[name], value)
     assert (new["image/patches/patch_embed/kernel"] != source[1]["image/patches/patch_embed/kernel"]).any()
+    with pytest.raises(RuntimeError, match="deleted"), jax.set_mesh(run.mesh):
+        run.make_state()  # what was taken is in the state now, and not on the devices a second time
     placed = jax.tree.map(lambda leaf, wanted: leaf.sharding == wanted.sharding, state.params, run.target.params)
     assert all(jax.tree.leaves(placed))
     buffers = [leaf.unsafe_buffer_pointer() for tree in (state.params, state.ema) for leaf in addressable(tree)]
