@@ -49,7 +49,7 @@ def taken_over(init_from: ConfigDict, shapes: PyTree, mesh: Mesh) -> dict[str, A
 def replacing(make_state: Callable[[], TrainState], taken: Mapping[str, Array]) -> Callable[[], TrainState]:
     """`make_state`, already compiled, with these parameters in place of its own, also in their moving average.
 
-    What is made can be called once: the parameters that were taken are moved into the state.
+    What is made can be called once: then the parameters that were taken are no longer held beside the state.
     """
 
     def replace(state: TrainState, taken: Mapping[str, Array]) -> TrainState:
@@ -62,7 +62,10 @@ def replacing(make_state: Callable[[], TrainState], taken: Mapping[str, Array]) 
     def make() -> TrainState:
         state = make_state()
         shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-        return jax.jit(replace, donate_argnums=(0, 1), out_shardings=shardings)(state, taken)
+        made = jax.jit(replace, donate_argnums=0, out_shardings=shardings)(state, taken)
+        for leaf in taken.values():
+            leaf.delete()
+        return made
 
     return make if taken else make_state
 
