@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from mmjax.api import Model
 from mmjax.errors import UserError
 from mmjax.evaluators.labelled import Labelled, Split, correct, place, places_in_class
+from mmjax.evaluators.zeroshot import mean_per_class_recall
 
 HELD_OUT = 5  # one of so many images of each class
 STEPS_PER_DECADE = 8
@@ -57,10 +58,8 @@ class LinearProbe(Labelled):
 
         l2 = self._entry.l2 or search(score)
         right = correct(scores(probe.fit(l2), test.features), test.labels)
-        counts = np.bincount(test.labels, minlength=self._class_count)
-        recalls = np.bincount(test.labels, right, self._class_count)[counts > 0] / counts[counts > 0]
         yield "linear_probe_top1", float(right.mean())
-        yield "linear_probe_mean_per_class_recall", float(recalls.mean())
+        yield "linear_probe_mean_per_class_recall", mean_per_class_recall(test.labels, right)
         yield "linear_probe_l2", float(l2)
 
 
