@@ -3,7 +3,10 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
+
+from mmjax.training.feedback import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -26,7 +29,7 @@ def start(module: str, *arguments: str, devices: int = 1, **extra: str) -> subpr
     )
 
 
-def run(module: str, *arguments: str, devices: int = 1, timeout: float = 300, **extra: str) -> tuple[int, str]:
+def run(module: str, *arguments: str, devices: int = 1, timeout: float = 600, **extra: str) -> tuple[int, str]:
     """Runs a program to its end; returns (exit code, output)."""
     process = start(module, *arguments, devices=devices, **extra)
     try:
@@ -38,6 +41,19 @@ def run(module: str, *arguments: str, devices: int = 1, timeout: float = 300, **
 
 def loader_processes(process: subprocess.Popen) -> list[int]:
     """The numbers of a running program's loader processes."""
-    found = [path.read_text().split() for path in Path(f"/proc/{process.pid}/task").glob("*/children")]
-    children = [int(child) for part in found for child in part]
-    return [child for child in children if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((path / "stat").read_text().rpartition(")")[2].split()[1])
+            if parent == process.pid and b"spawn_main" in (path / "cmdline").read_bytes():
+                found.append(int(path.name))
+        except OSError:
+            continue  # it has ended
+    return found
+
+
+def wait_for_steps(process: subprocess.Popen, workdir: Path, steps: int) -> None:
+    """Waits until a program has written the metrics of so many steps; fails with its output if it ends before."""
+    while len(read_metrics(workdir / "metrics.jsonl")) < steps:
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.05)

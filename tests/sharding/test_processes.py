@@ -110,7 +110,7 @@ def test_one_of_two_processes_is_killed_and_both_started_again(two, tmp_path):
     while processes[0].poll() is None and max((line["step"] for line in read_metrics(path)), default=0) < 7:
         time.sleep(0.01)
     processes[1].kill()
-    outputs = outputs_of(processes, timeout=100)
+    outputs = outputs_of(processes, timeout=400)
     assert all(process.returncode != 0 for process in processes), outputs
     shutil.copytree(tmp_path / "killed", tmp_path / "alone")
     finish(start_two(*ARGUMENTS, f"--workdir={tmp_path / 'killed'}"), 0)
@@ -131,13 +131,13 @@ def test_when_one_of_two_processes_is_stuck_both_end_and_say_where(tmp_path, ope
         "--config=tests/tiny.py:100000",
         "--config.loader.workers=1",
         f"--workdir={tmp_path}",
+        "--config.train.checkpoint_every=100000",
         "--config.health.hang_timeout_seconds=40",
     )
-    while processes[0].poll() is None and len(read_metrics(tmp_path / "metrics.jsonl")) < 5:
-        time.sleep(0.05)
+    programs.wait_for_steps(processes[0], tmp_path, 5)
     (worker,) = programs.loader_processes(processes[1])
     os.kill(worker, signal.SIGSTOP)
-    outputs = outputs_of(processes, timeout=200)
+    outputs = outputs_of(processes, timeout=400)
     # Whoever is first ends the other one, whose coordinator or peer is then gone.
     assert EXIT_HUNG in [process.returncode for process in processes], outputs
     assert all(process.returncode != 0 for process in processes)
