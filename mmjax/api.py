@@ -144,6 +144,13 @@ class Model:
         exponents = np.exp(logits - logits.max(axis=1, keepdims=True))
         return exponents / exponents.sum(axis=1, keepdims=True)
 
+    def agreed(self, array: np.ndarray) -> np.ndarray:
+        """What the first of several processes has in place of this array, of the same shape and type in all of them.
+
+        For what evaluators decide on their hosts, which may round differently, before they ask the model again.
+        """
+        return distributed.array_from_first_process(array)
+
     def logits(self) -> dict[str, float]:
         """`logit_scale` and `logit_bias`: what makes logits of cosines."""
         with jax.set_mesh(self.mesh):
@@ -353,7 +360,7 @@ def load(workdir: str | Path, step: int | None = None, mesh: Mesh | None = None)
     """Loads the model of a training run.
 
     Args:
-      workdir: the run's folder.
+      workdir: the run's folder, or that of one of its checkpoints, `RUN/checkpoints/STEP`.
       step: which checkpoint; the latest by default.
       mesh: where to put it; by default all devices, data-parallel.
 
@@ -363,6 +370,8 @@ def load(workdir: str | Path, step: int | None = None, mesh: Mesh | None = None)
     Raises:
       UserError: there is no such run or checkpoint, or the mesh does not divide the model's parameters.
     """
+    workdir, own_step = _run_and_step(workdir)
+    step = own_step if step is None else step
     config = load_config(workdir)
     mesh = mesh or make_mesh()
     check_divides(config.model, mesh.shape["fsdp"], mesh.shape["tensor"])
@@ -380,18 +389,24 @@ def load(workdir: str | Path, step: int | None = None, mesh: Mesh | None = None)
 
 
 def load_config(workdir: str | Path) -> ConfigDict:
-    """The config that a run was started with.
+    """The config that a run was started with; its folder is named as in `load`.
 
     Raises:
       UserError: the folder holds no run.
     """
-    path = Path(workdir) / "config.json"
+    path = _run_and_step(workdir)[0] / "config.json"
     try:
         return from_plain(json.loads(path.read_text()))
     except OSError as error:
         raise UserError(f"{workdir} is no workdir of a run: cannot read {path}: {error.strerror}") from error
     except ValueError as error:
         raise UserError(f"{path} is damaged: {error}") from error
+
+
+def _run_and_step(path: str | Path) -> tuple[Path, int | None]:
+    path = Path(path)
+    is_checkpoint = path.parent.name == "checkpoints" and path.name.isdigit() and not (path / "config.json").exists()
+    return (path.parent.parent, int(path.name)) if is_checkpoint else (path, None)
 
 
 def init_params(config: ConfigDict, module: MultimodalModel) -> PyTree:

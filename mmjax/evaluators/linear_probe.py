@@ -54,7 +54,8 @@ class LinearProbe(Labelled):
         held_out = Split(*(part[self._held_out] for part in train))
 
         def score(l2: float) -> float:
-            return correct(scores(probe.fit(l2, ~self._held_out), held_out.features), held_out.labels).mean()
+            right = correct(scores(probe.fit(l2, ~self._held_out), held_out.features), held_out.labels)
+            return model.agreed(right).mean()
 
         l2 = self._entry.l2 or search(score)
         right = correct(scores(probe.fit(l2), test.features), test.labels)
