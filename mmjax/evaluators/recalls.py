@@ -8,9 +8,7 @@ import numpy as np
 from jaxtyping import Int
 
 
-def write(
-    path: Path, names: Sequence[str | int], labels: Int[np.ndarray, " images"], right: np.ndarray
-) -> None:
+def write(path: Path, names: Sequence[str | int], labels: Int[np.ndarray, " images"], right: np.ndarray) -> None:
     """Writes a CSV file (UTF-8) with the columns class, images, recall: a row for each class that has images.
 
     Args:
@@ -20,8 +18,10 @@ def write(
       right: which images are right.
     """
     sizes, found = np.bincount(labels), np.bincount(labels, right)
+    there = np.flatnonzero(sizes)
+    recalls = found[there] / sizes[there]
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(("class", "images", "recall"))
-        writer.writerows((names[number], sizes[number], found[number] / sizes[number]) for number in np.flatnonzero(sizes))
+        writer.writerows(zip((names[number] for number in there), sizes[there], recalls.tolist(), strict=True))

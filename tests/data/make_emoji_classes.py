@@ -11,7 +11,6 @@ from pathlib import Path
 from mmjax.data import emoji_classes
 
 
-
 def main(source: Path) -> None:
     """Reads Unicode's file; keeps the licence that the table already carries."""
     group, lines = "", {}

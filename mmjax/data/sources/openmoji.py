@@ -26,7 +26,7 @@ class OpenMojiSource(ArrayRecordSource):
         """Builds the data set if it is not there yet.
 
         Args:
-          location: languages ("en", "en,de"), or what else captions are to be: "group", "subgroup"; "" is all languages.
+          location: languages ("en", "en,de"), "group" or "subgroup": what captions are to be; "" is all languages.
           split: "train", "test" or "all".
           fields: has to be empty.
           root: not used.
