@@ -3,9 +3,11 @@ from collections import Counter
 
 import pytest
 
+from mmjax import config as configs
 from mmjax.data import emoji_classes, openmoji
 from mmjax.data.sources import open_source
 from mmjax.errors import UserError
+from mmjax.evaluators import EVALUATORS
 
 TONES = {"1F3FB", "1F3FC", "1F3FD", "1F3FE", "1F3FF"}
 
@@ -89,6 +91,30 @@ def test_names_of_classes_are_captions_only_where_they_are_asked_for():
     assert not {*open_source("openmoji", "test")[0]["captions"]} & {"group", "subgroup"}
     with pytest.raises(UserError, match='no language "groups"; known: en, .*, ar, group, subgroup'):
         open_source("openmoji:groups", "test")
+
+
+@pytest.mark.parametrize(
+    "entry, count",
+    [
+        (configs.linear_probe(source="openmoji:en"), 98),
+        (configs.knn(source="openmoji:subgroup", class_caption="subgroup"), 98),
+        (configs.few_shot(source="openmoji:group", class_caption="group"), 9),
+    ],
+)
+def test_classifiers_learn_these_classes(entry, count):
+    evaluator = EVALUATORS[entry.kind](entry)
+    evaluator.open()
+    assert evaluator._class_count == count
+
+
+def test_zero_shot_classification_knows_their_names():
+    for source, split, count in (("openmoji:subgroup", "test", 15), ("openmoji:group", "all", 9)):
+        for make in (configs.zeroshot, configs.robustness):
+            evaluator = EVALUATORS[make().kind](make(source=source, split=split))
+            evaluator.open()
+            assert len(set(evaluator._classes)) == len(evaluator._classes) == count
+    with pytest.raises(UserError, match="one class 'People & Body'"):
+        EVALUATORS["zeroshot"](configs.zeroshot(source="openmoji:group")).open()
 
 
 def test_hold_out_keeps_another_tone_of_every_base():
