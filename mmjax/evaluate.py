@@ -68,11 +68,12 @@ def main() -> int:
     config = api.load_config(model_of)
     distributed.initialize(config.distributed)
     workdir = Path(_WORKDIR.value) if _WORKDIR.value else None
+    model = None if several else api.load(model_of, _STEP.value)
     with Findings(config, workdir / "eval" if workdir else Path(_OUT.value), workdir) as findings:
         if several:
             _evaluate_all(workdir, findings)
         else:
-            findings.add(api.load(model_of, _STEP.value), findings.names)
+            findings.add(model, findings.names)
         feedback.say(f"results: {findings.folder}")
     return 0
 

@@ -1,9 +1,12 @@
 """Running mmjax's programs as a user does: in processes of their own."""
 
 import os
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from mmjax.training.feedback import read_metrics
@@ -37,6 +40,27 @@ def run(module: str, *arguments: str, devices: int = 1, timeout: float = 600, **
     finally:
         process.kill()
     return process.returncode, output
+
+
+def start_several(module: str, *arguments: str, devices: int, processes: int) -> list[subprocess.Popen]:
+    """The processes of one program on several hosts, each with so many virtual devices."""
+    return [start(module, *arguments, devices=devices, **place) for place in places(processes)]
+
+
+def places(processes: int) -> list[dict[str, str]]:
+    """What tells each process of several where the others are, in its environment."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+    names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+    found = [dict(zip(names, (address, str(processes), str(number)), strict=True)) for number in range(processes)]
+    return found if processes > 1 else [{}]
+
+
+def outputs_of(processes: Sequence[subprocess.Popen], timeout: float = 600) -> list[str]:
+    """What they said until they ended. Read at the same time: a process stops at a full pipe, and the other waits."""
+    with ThreadPoolExecutor() as pool:
+        return [output for output, _ in pool.map(lambda process: process.communicate(timeout=timeout), processes)]
 
 
 def loader_processes(process: subprocess.Popen) -> list[int]:
