@@ -1,6 +1,5 @@
 import io
 import struct
-import time
 import tracemalloc
 import zlib
 
@@ -222,10 +221,8 @@ JPEG_BOMB = encoded(PHOTO, "JPEG").replace(struct.pack(">HH", 40, 60), struct.pa
 @pytest.mark.parametrize("read", [image.decode, image.header_size])
 def test_images_of_impossible_size_are_refused_from_their_header(data, read):
     tracemalloc.start()
-    begun = time.perf_counter()
     with pytest.raises(RecordError, match="cannot be decoded"):
         read(data)
-    assert time.perf_counter() - begun < 1
     assert tracemalloc.get_traced_memory()[1] < 10 * 2**20
     tracemalloc.stop()
 

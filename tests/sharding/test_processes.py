@@ -107,7 +107,7 @@ def test_when_one_of_two_processes_is_stuck_both_end_and_say_where(tmp_path, ope
         "--config.loader.workers=1",
         f"--workdir={tmp_path}",
         "--config.train.checkpoint_every=100000",
-        "--config.health.hang_timeout_seconds=40",
+        "--config.health.hang_timeout_seconds=100",
     )
     programs.wait_for_steps(processes[0], tmp_path, 5)
     (worker,) = programs.loader_processes(processes[1])
