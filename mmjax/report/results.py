@@ -1,0 +1,114 @@
+"""The section of results, and what is known of the metrics: whether more of them is better."""
+
+import re
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from mmjax.report.markup import Markup, join, row, table, tag
+from mmjax.report.read import Run
+from mmjax.report.section import Section, nothing, number, run_titles, section
+
+# Searched for in this order in a metric's name; what none of them knows has no best.
+_NEITHER = re.compile(r"_std$|_l2$|unreadable_images|count|seconds")
+_LOWER = re.compile(
+    r"(median|mean)_rank|loss|bits_per_byte|perplexity|error|(^|_)(ece|nll|brier|fid)(_|$)", re.IGNORECASE
+)
+_HIGHER = re.compile(
+    r"R@\d|mAP|precision|recall|top\d|accuracy|auc|exact_match|BLEU|ROUGE|CIDEr|(^|_)(score|f1)(_|$)"
+)
+_ALIAS = re.compile(r"eval/[^/]+/(image|text)_retrieval_recall@5")  # other names of R@5
+
+
+def direction(name: str) -> int:
+    """1 where more of a metric is better, -1 where less is, 0 where neither is known."""
+    metric = name.split("/")[-1]
+    if _NEITHER.search(metric):
+        return 0
+    if _LOWER.search(metric):
+        return -1
+    return 1 if _HIGHER.search(metric) else 0
+
+
+def arrow(name: str) -> Markup | None:
+    """An arrow that says which way a metric of an evaluator is better."""
+    way = direction(name) if name.startswith("eval/") else 0
+    if not way:
+        return None
+    words = "higher is better" if way > 0 else "lower is better"
+    return tag("span", " ↑" if way > 0 else " ↓", class_="way", role="img", title=words, aria_label=words)
+
+
+def is_alias(name: str) -> bool:
+    """Whether a metric is another name of a number that is there."""
+    return bool(_ALIAS.fullmatch(name))
+
+
+def results(runs: Sequence[Run]) -> Section:
+    """Every evaluator's metrics at the last step that it reported of, a run a column, the best of each row in bold."""
+    names = [name for name in dict.fromkeys(name for run in runs for name in run.metrics) if _of_evaluator(name)]
+    evaluators = dict.fromkeys(name.split("/")[1] for name in names)
+    rows = [made for evaluator in evaluators for made in _evaluator(runs, evaluator, names)]
+    if not rows:
+        return section(runs, "results", "Results", nothing("No evaluator has reported anything."))
+    never = [run.name for run in runs if not any(map(_of_evaluator, run.metrics))]
+    told = [nothing(f"{name}: no evaluator has reported anything.") for name in never]
+    hint = "Each evaluator's metrics at the last step that it reported of."
+    if len(runs) > 1:
+        hint += " The best of a row is bold; ↑ and ↓ say which way is better."
+    head = ["metric", *run_titles(runs)]
+    return section(
+        runs, "results", "Results", tag("p", hint, class_="hint"), told, table("Results", head, rows, "numbers results")
+    )
+
+
+def _of_evaluator(name: str) -> bool:
+    return name.startswith("eval/") and name.count("/") >= 2 and not is_alias(name)
+
+
+def _evaluator(runs: Sequence[Run], evaluator: str, names: Iterable[str]) -> list[Markup]:
+    """A row that names the evaluator and its steps, then one for each metric."""
+    own = [name for name in names if name.startswith(f"eval/{evaluator}/")]
+    steps = [max((int(run.metrics[n].steps[-1]) for n in own if n in run.metrics), default=None) for run in runs]
+    entries = [_entry(run, evaluator) for run in runs]
+    about = next((f" ({entry['kind']} on {entry.get('source')})" for entry in entries if "kind" in entry), "")
+    title = join(tag("strong", evaluator), tag("span", about, class_="hint"))
+    head = tag(
+        "tr",
+        tag("th", title, scope="row"),
+        [tag("td", f"step {step:,}" if step is not None else "–") for step in steps],
+        class_="group",
+    )
+    return [head, *(_metric(runs, name, steps) for name in own)]
+
+
+def _entry(run: Run, evaluator: str) -> dict:
+    entries = run.config.get("evaluators")
+    entry = entries.get(evaluator) if isinstance(entries, dict) else None
+    return entry if isinstance(entry, dict) else {}
+
+
+def _metric(runs: Sequence[Run], name: str, steps: Sequence[int | None]) -> Markup:
+    values = [_at(run, name, step) for run, step in zip(runs, steps, strict=True)]
+    best = _best(values, direction(name))
+    cells = []
+    for place, value in enumerate(values):
+        text = "–" if value is None else number(value)
+        wrong = value is not None and not np.isfinite(value)
+        cells.append(
+            tag("td", tag("strong", text) if place in best else text, class_="best" if place in best else "bad" * wrong or None)
+        )
+    return row(join(name.split("/", 2)[2], arrow(name)), cells)
+
+
+def _at(run: Run, name: str, step: int | None) -> float | None:
+    series = run.metrics.get(name)
+    return float(series.values[-1]) if series is not None and series.steps[-1] == step else None
+
+
+def _best(values: Sequence[float | None], way: int) -> set[int]:
+    """The places of the best of several values that are numbers."""
+    known = {place: value * way for place, value in enumerate(values) if value is not None and np.isfinite(value)}
+    if not way or len(known) < 2:
+        return set()
+    return {place for place, value in known.items() if value == max(known.values())}

@@ -1,0 +1,96 @@
+"""The sections of the configuration and of the environment."""
+
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from mmjax.config import flatten
+from mmjax.report.markup import Markup, details, join, row, table, tag
+from mmjax.report.read import Run
+from mmjax.report.section import Section, nothing, run_titles, section
+
+
+def configuration(runs: Sequence[Run]) -> Section:
+    """What the runs were told: of one its main settings, of several the differences; all of it on demand."""
+    configs = [dict(flatten(run.config)) for run in runs]
+    keys = list(dict.fromkeys(key for config in configs for key in config))
+    missing = [nothing(f"{run.name}: there is no config.json that can be read.") for run in runs if not run.config]
+    if not keys:
+        return section(runs, "configuration", "Configuration", missing)
+    head = run_titles(runs)
+    differing = [key for key in keys if _differs([config.get(key) for config in configs])]
+    everything = details(
+        f"The whole configuration: {len(keys)} settings",
+        table("The whole configuration", ["setting", *head], _rows(keys, configs, set(differing))),
+    )
+    if len(runs) == 1:
+        main = [row(title, [text]) for title, text in _main_settings(runs[0].config) if text]
+        first = table("The main settings", ["", *head], main)
+    elif differing:
+        first = join(
+            tag("p", f"Settings that differ: {len(differing)} of {len(keys)}.", class_="hint"),
+            table("Settings that differ", ["setting", *head], _rows(differing, configs, set())),
+        )
+    else:
+        first = tag("p", "All runs have the same configuration.")
+    return section(runs, "configuration", "Configuration", missing, first, everything)
+
+
+def environment(runs: Sequence[Run]) -> Section:
+    """Where the runs' latest sessions ran."""
+    keys = list(dict.fromkeys(key for run in runs for key in run.environment))
+    missing = [
+        nothing(f"{run.name}: there is no environment.json that can be read; the trainer writes it when it starts.")
+        for run in runs
+        if not run.environment
+    ]
+    found = [run.environment for run in runs]
+    # A run without a record differs from nobody.
+    differing = {key for key in keys if _differs([each.get(key) for each in found if each])}
+    made = table("Environment", ["", *run_titles(runs)], _rows(keys, found, differing)) if keys else None
+    return section(runs, "environment", "Environment", missing, made)
+
+
+def _differs(values: Sequence[Any]) -> bool:
+    return any(value != values[0] for value in values)
+
+
+def _rows(keys: Iterable[str], found: Sequence[dict[str, Any]], marked: set[str]) -> list[Markup]:
+    return [
+        row(key, [_text(each[key]) if key in each else "–" for each in found], "differs" if key in marked else None)
+        for key in keys
+    ]
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) and value else json.dumps(value, ensure_ascii=False)
+
+
+def _main_settings(config: dict[str, Any]) -> list[tuple[str, str]]:
+    """What one asks first of a run, in words; a part that the config lacks is empty."""
+
+    def part(dotted: str) -> dict[str, Any]:
+        node: Any = config
+        for key in dotted.split("."):
+            node = node.get(key) if isinstance(node, dict) else None
+        return node if isinstance(node, dict) else {}
+
+    def entries(dotted: str) -> list[tuple[str, dict[str, Any]]]:
+        return [(name, entry) for name, entry in part(dotted).items() if isinstance(entry, dict)]
+
+    def pick(entry: dict[str, Any], *keys: str) -> str:
+        return ", ".join(f"{key.replace('_', ' ')} {_text(entry[key])}" for key in keys if entry.get(key))
+
+    tower = ("variant", "width", "depth", "heads", "image_size", "length", "vocab_size", "pooling")
+    return [
+        *((f"{name} encoder", pick(entry, *tower)) for name, entry in entries("model.encoders")),
+        *((name, pick(part(f"model.{name}"), "variant", "width", "depth", "heads")) for name in ("fusion", "decoder")),
+        ("objectives", "; ".join(f"{name}: {pick(entry, 'kind', 'weight')}" for name, entry in entries("objectives"))),
+        *((f"stream {name}", pick(entry, "source", "split", "batch_size")) for name, entry in entries("streams")),
+        (
+            "optimizer",
+            pick(part("optimizer"), "name", "learning_rate", "schedule", "warmup", "weight_decay", "grad_clip_norm"),
+        ),
+        ("training", pick(part("train"), "steps", "examples", "epochs", "microbatches", "ema_decay")),
+        ("seed", _text(config["seed"]) if "seed" in config else ""),
+    ]
