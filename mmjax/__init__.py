@@ -1,5 +1,7 @@
 """mmjax: multimodal pretraining in JAX."""
 
+import importlib
+
 __version__ = "0.1.0"
 
 
@@ -8,3 +10,9 @@ def load(workdir, step=None):
     from mmjax import api  # importing mmjax stays light
 
     return api.load(workdir, step)
+
+
+def __getattr__(name):
+    if name == "explain":  # likewise
+        return importlib.import_module("mmjax.explain")
+    raise AttributeError(f"module 'mmjax' has no attribute '{name}'")

@@ -11,7 +11,7 @@ import numpy as np
 from flax.core import FrozenDict
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Float, Int, PyTree
+from jaxtyping import Float, Int, PyTree, UInt8
 from ml_collections import ConfigDict
 from PIL import Image
 
@@ -119,7 +119,7 @@ class Model:
         encoder = self.config.model.encoders.image
 
         def load_rows(indices: np.ndarray) -> np.ndarray:
-            pixels = (_pixels(images[index]) for index in indices)
+            pixels = (pixels_of(images[index]) for index in indices)
             return np.stack([image_ops.for_evaluation(each, encoder.image_size, encoder.resize) for each in pixels])
 
         return load_rows
@@ -143,6 +143,13 @@ class Model:
             return 1 / (1 + np.exp(-(logits + learned["logit_bias"])))
         exponents = np.exp(logits - logits.max(axis=1, keepdims=True))
         return exponents / exponents.sum(axis=1, keepdims=True)
+
+    def agreed(self, array: np.ndarray) -> np.ndarray:
+        """What the first of several processes has in place of this array, of the same shape and type in all of them.
+
+        For what evaluators decide on their hosts, which may round differently, before they ask the model again.
+        """
+        return distributed.array_from_first_process(array)
 
     def logits(self) -> dict[str, float]:
         """`logit_scale` and `logit_bias`: what makes logits of cosines."""
@@ -172,7 +179,7 @@ class Model:
 
         The loaders give pixels and token ids, as in `encode_rows`; `batch_size` is that of images, and of pairs.
         """
-        self._needs("matching", "match images and texts")
+        self.needs("matching", "match images and texts")
         return self._of_pairs(self._match, (), images, texts, load_images, load_texts, batch_size)
 
     def _of_pairs(
@@ -213,7 +220,7 @@ class Model:
     ) -> np.ndarray:
         """What `run` returns for the images whose tokens stand at these places, each with a text."""
         loaders = {"place": lambda rows: places[rows], "text": lambda rows: load_texts(texts[rows])}
-        return np.concatenate([*self._batches(run, len(places), loaders, batch_size)])
+        return np.concatenate([*self.batches(run, len(places), loaders, batch_size)])
 
     def caption(
         self, images: Sequence[Any], prompts: Sequence[str] | None = None, seed: int = 0, **strategy: Any
@@ -243,7 +250,7 @@ class Model:
         **strategy: Any,
     ) -> list[str]:
         """`caption` for `count` images; the loader gives pixels, as in `encode_rows`."""
-        self._needs("decoder", "caption images")
+        self.needs("decoder", "caption images")
         chosen = _strategy(strategy)
         if prompts is not None and len(prompts) != count:
             raise UserError(f"{count} images and {len(prompts)} prompts: give one for each, or none")
@@ -251,7 +258,7 @@ class Model:
         loaders = {"image": load_images, "prompt": lambda rows: ids[rows], "prompt_length": lambda rows: lengths[rows]}
         loaders["row"] = lambda rows: rows
         run = partial(self._caption, seed=seed, strategy=chosen)
-        found = self._batches(run, count, loaders, batch_size)
+        found = self.batches(run, count, loaders, batch_size)
         return [self.tokenizer.decode(row) for ids, _ in found for row in ids]
 
     def caption_likelihood_rows(
@@ -271,7 +278,7 @@ class Model:
         Raises:
           UserError: the model was not trained to caption.
         """
-        self._needs("decoder", "caption images")
+        self.needs("decoder", "caption images")
         shape = (self.config.model.encoders.text.length,)
         return self._of_pairs(self._caption_likelihood, shape, images, texts, load_images, load_texts, batch_size)
 
@@ -286,7 +293,10 @@ class Model:
         lengths = np.where(ended.any(axis=1), ended.argmax(axis=1), (ids != tokenizer.pad_id).sum(axis=1))
         return ids, lengths.astype(np.int32)
 
-    def _needs(self, part: str, to: str) -> None:
+    def needs(self, part: str, to: str) -> None:
+        """Raises UserError where the model has not that part (of `mmjax.models.multimodal.PARTS`), which is there `to`
+        do something.
+        """
         if part not in self.module.parts:
             raise UserError(f"this model cannot {to}: none of its objectives trains that")
 
@@ -316,15 +326,15 @@ class Model:
     def _encode_rows(
         self, output: str, width: int, modality: str, count: int, load_rows: LoadRows, batch_size: int
     ) -> Float[np.ndarray, "rows width"]:
-        self._needs(modality, f"encode an input of the modality {modality}")
+        self.needs(modality, f"encode an input of the modality {modality}")
 
         def run(params: PyTree, batch: dict[str, jax.Array]) -> jax.Array:
             return self._encode(params, batch[modality], modality=modality, output=output)
 
         parts = [np.zeros((0, width), np.float32)]
-        return np.concatenate([*parts, *self._batches(run, count, {modality: load_rows}, batch_size)])
+        return np.concatenate([*parts, *self.batches(run, count, {modality: load_rows}, batch_size)])
 
-    def _batches(
+    def batches(
         self, run: Callable[..., PyTree], count: int, loaders: dict[str, LoadRows], batch_size: int
     ) -> Iterator[PyTree[np.ndarray]]:
         """What `run(params, batch)` returns for all rows, batch by batch."""
@@ -353,7 +363,7 @@ def load(workdir: str | Path, step: int | None = None, mesh: Mesh | None = None)
     """Loads the model of a training run.
 
     Args:
-      workdir: the run's folder.
+      workdir: the run's folder, or that of one of its checkpoints, `RUN/checkpoints/STEP`.
       step: which checkpoint; the latest by default.
       mesh: where to put it; by default all devices, data-parallel.
 
@@ -363,6 +373,8 @@ def load(workdir: str | Path, step: int | None = None, mesh: Mesh | None = None)
     Raises:
       UserError: there is no such run or checkpoint, or the mesh does not divide the model's parameters.
     """
+    workdir, own_step = _run_and_step(workdir)
+    step = own_step if step is None else step
     config = load_config(workdir)
     mesh = mesh or make_mesh()
     check_divides(config.model, mesh.shape["fsdp"], mesh.shape["tensor"])
@@ -380,18 +392,24 @@ def load(workdir: str | Path, step: int | None = None, mesh: Mesh | None = None)
 
 
 def load_config(workdir: str | Path) -> ConfigDict:
-    """The config that a run was started with.
+    """The config that a run was started with; its folder is named as in `load`.
 
     Raises:
       UserError: the folder holds no run.
     """
-    path = Path(workdir) / "config.json"
+    path = _run_and_step(workdir)[0] / "config.json"
     try:
         return from_plain(json.loads(path.read_text()))
     except OSError as error:
         raise UserError(f"{workdir} is no workdir of a run: cannot read {path}: {error.strerror}") from error
     except ValueError as error:
         raise UserError(f"{path} is damaged: {error}") from error
+
+
+def _run_and_step(path: str | Path) -> tuple[Path, int | None]:
+    path = Path(path)
+    is_checkpoint = path.parent.name == "checkpoints" and path.name.isdigit() and not (path / "config.json").exists()
+    return (path.parent.parent, int(path.name)) if is_checkpoint else (path, None)
 
 
 def init_params(config: ConfigDict, module: MultimodalModel) -> PyTree:
@@ -420,7 +438,12 @@ def _strategy(options: dict[str, Any]) -> Strategy:
     return chosen
 
 
-def _pixels(image: Any) -> np.ndarray:
+def pixels_of(image: Any) -> UInt8[np.ndarray, "height width 3"]:
+    """The pixels of a file, a PIL image (transparency is white) or an array.
+
+    Raises:
+      UserError: the file is missing or is no image, or the array has another shape or type.
+    """
     if isinstance(image, str | Path):
         return image_ops.load_file(str(image))
     if isinstance(image, Image.Image):

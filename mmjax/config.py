@@ -273,15 +273,17 @@ def zeroshot(**fields) -> ConfigDict:
     """Zero-shot classification. `classes` is a file with a class's name in each line, in the order of the labels; ""
     takes the captions as names. `templates` is a file with a sentence in each line, {} for the name; "" is a few.
     """
-    own = {
-        "kind": "zeroshot",
-        "every": 0,
-        "classes": "",
-        "templates": "",
-        "captions": (),
-        "batch_size": 256,
-        "confusion_matrix": False,
-    }
+    own = {"calibration_bins": 15, "reliability_diagram": False, "confusion_matrix": False}
+    return _zeroshot(**{"kind": "zeroshot"} | own | fields)
+
+
+def robustness(**fields) -> ConfigDict:
+    """Zero-shot classification of images that are blurred, noisy, compressed and grey. `seed` draws the noise."""
+    return _zeroshot(**{"kind": "robustness", "seed": 0, "contact_sheet": False} | fields)
+
+
+def _zeroshot(**fields) -> ConfigDict:
+    own = {"every": 0, "classes": "", "templates": "", "captions": (), "batch_size": 256}
     return ConfigDict(_data(split="test") | own | fields)
 
 
@@ -295,7 +297,7 @@ def linear_probe(**fields) -> ConfigDict:
 
     In these three evaluators an image's class is its `label`, or its caption in the group `class_caption`.
     """
-    return _labelled(**{"kind": "linear_probe", "l2": 0.0, "max_iterations": 1000} | fields)
+    return _labelled(**{"kind": "linear_probe", "l2": 0.0, "max_iterations": 1000, "calibration_bins": 15} | fields)
 
 
 def knn(**fields) -> ConfigDict:
@@ -317,6 +319,7 @@ EVALUATORS = {
     "matching": matching,
     "compositional": compositional,
     "zeroshot": zeroshot,
+    "robustness": robustness,
     **LABELLED,
 }
 # The options of each kind of objective.

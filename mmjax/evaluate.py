@@ -1,15 +1,17 @@
-"""Evaluates a run's checkpoints, in a process of its own beside training or after it.
+"""Evaluates a run's checkpoints, in a process of its own beside training or after it, or any model.
 
     python -m mmjax.evaluate --workdir=runs/quickstart
     python -m mmjax.evaluate --workdir=runs/quickstart --step=400
     python -m mmjax.evaluate --workdir=runs/quickstart --follow
     python -m mmjax.evaluate --workdir=runs/quickstart --all --evaluators=configs/quickstart.py:languages=all
+    python -m mmjax.evaluate --init=runs/quickstart/checkpoints/400 --evaluators=configs/quickstart.py --out=found
 
 It runs the evaluators of the run's own config, or those of another recipe, and writes into WORKDIR/eval/:
 metrics.jsonl, TensorBoard events and pictures. It writes nothing else. With --all it evaluates
 every checkpoint that is there, with --follow also every new one until the run is finished; what an evaluator has
 reported of a checkpoint before, it does not repeat. Where `train.best_metric` is set, the trainer keeps the
-checkpoint that is best by what was found here.
+checkpoint that is best by what was found here. With --init it evaluates whatever `mmjax.load` loads, and writes
+into the folder --out alone. On several hosts, start it in every process, as `mmjax.main`.
 Exit codes: 0 done, 2 a mistake in the flags, 130 stopped by Ctrl-C.
 """
 
@@ -28,6 +30,8 @@ from mmjax import config as configs
 from mmjax.errors import UserError
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "the folder of the run")
+_INIT = flags.DEFINE_string("init", None, "a model in place of a run: whatever `mmjax.load` loads")
+_OUT = flags.DEFINE_string("out", None, "with --init, the folder for what is found")
 _STEP = flags.DEFINE_integer("step", None, "which checkpoint; the latest by default")
 _ALL = flags.DEFINE_bool("all", False, "every checkpoint that is there, where it was not evaluated before")
 _FOLLOW = flags.DEFINE_bool("follow", False, "the same, and wait for new checkpoints until the run is finished")
@@ -35,77 +39,98 @@ _EVALUATORS = flags.DEFINE_string("evaluators", None, "take those of this recipe
 flags.DEFINE_bool("debug", False, "show tracebacks and the libraries' own messages")
 
 POLL_SECONDS = 2.0
+EXCLUSIVE = [("init", other) for other in ("workdir", "all", "follow")]
+EXCLUSIVE += [("all", "step"), ("follow", "step")]
 
 
 def main() -> int:
     """Evaluates as the flags say; returns the exit code."""
-    if _WORKDIR.value is None:
-        raise UserError("--workdir is missing: the folder of the run")
     several = _FOLLOW.value or _ALL.value
-    if several and _STEP.value is not None:
-        raise UserError(f"--{'follow' if _FOLLOW.value else 'all'} and --step exclude each other")
+    given = [flag.name for flag in (_WORKDIR, _INIT, _STEP, _ALL, _FOLLOW) if flag.value not in (None, False)]
+    for one, other in EXCLUSIVE:
+        if one in given and other in given:
+            raise UserError(f"--{one} and --{other} exclude each other")
+    if _WORKDIR.value is None and _INIT.value is None:
+        raise UserError("--workdir is missing: the folder of the run (or --init: a model)")
+    if (_INIT.value is None) != (_OUT.value is None):
+        raise UserError("--init=MODEL goes with --out=FOLDER, for what is found")
     from mmjax import runtime
 
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a trainer may be on the same device
     runtime.configure()
     from mmjax import api
+    from mmjax.sharding import distributed
+    from mmjax.training import feedback
+
+    model_of = _INIT.value or _WORKDIR.value
+    while _FOLLOW.value and not (Path(model_of) / "config.json").exists():
+        time.sleep(POLL_SECONDS)  # the run may be about to start
+    config = api.load_config(model_of)
+    distributed.initialize(config.distributed)
+    workdir = Path(_WORKDIR.value) if _WORKDIR.value else None
+    model = None if several else api.load(model_of, _STEP.value)
+    with Findings(config, workdir / "eval" if workdir else Path(_OUT.value), workdir) as findings:
+        if several:
+            _evaluate_all(workdir, findings)
+        else:
+            findings.add(model, findings.names)
+        feedback.say(f"results: {findings.folder}")
+    return 0
+
+
+def _evaluate_all(workdir: Path, findings: "Findings") -> None:
+    """Evaluates every checkpoint that was not yet, and with --follow those to come until the run is finished."""
+    from mmjax import api
+    from mmjax.sharding import distributed
     from mmjax.training import feedback
     from mmjax.training.checkpoint import saved_steps
     from mmjax.training.loop import RESULT
 
-    workdir = Path(_WORKDIR.value)
-    while _FOLLOW.value and not (workdir / "config.json").exists():
-        time.sleep(POLL_SECONDS)  # the run may be about to start
-    with Findings(workdir) as findings:
-        if not several:
-            findings.add(api.load(workdir, _STEP.value), findings.names)
-            feedback.say(f"results: {findings.folder}")
-            return 0
-        model = None
-        while True:
-            # Asked in this order: a finished run has written its last checkpoint before it says so.
-            finished = not _FOLLOW.value or (workdir / RESULT).exists()
-            waiting = [step for step in saved_steps(workdir) if findings.missing(step)]
-            for step in waiting:
-                try:
-                    loaded = api.load(workdir, step)
-                except (OSError, ValueError):
-                    if step in saved_steps(workdir):
-                        raise
-                    feedback.say(f"step {step} was removed before it could be read: skipped")
-                    continue
-                model = loaded if model is None else model.with_params(loaded.params, step)
-                findings.add(model, findings.missing(step))
-            if finished and not waiting:
-                feedback.say(f"{'the run is finished; ' if _FOLLOW.value else ''}nothing is left to evaluate")
-                feedback.say(f"results: {findings.folder}")
-                return 0
-            time.sleep(0 if waiting else POLL_SECONDS)
+    model = None
+    while True:
+        # Asked in this order: a finished run has written its last checkpoint before it says so.
+        finished = not _FOLLOW.value or (workdir / RESULT).exists()
+        waiting = [(step, findings.missing(step)) for step in saved_steps(workdir)]
+        finished, waiting = distributed.from_first_process((finished, [part for part in waiting if part[1]]))
+        for step, names in waiting:
+            try:
+                loaded = api.load(workdir, step)
+            except (OSError, ValueError):
+                if step in saved_steps(workdir):
+                    raise
+                feedback.say(f"step {step} was removed before it could be read: skipped")
+                continue
+            model = loaded if model is None else model.with_params(loaded.params, step)
+            findings.add(model, names)
+        if finished and not waiting:
+            feedback.say(f"{'the run is finished; ' if _FOLLOW.value else ''}nothing is left to evaluate")
+            return
+        time.sleep(0 if waiting else POLL_SECONDS)
 
 
 class Findings:
-    """What evaluators found in a run's checkpoints: WORKDIR/eval/.
+    """What evaluators found in a model, or in a run's checkpoints.
 
     Raises:
-      UserError: there is no run, or its evaluators will not do.
+      UserError: the evaluators will not do.
     """
 
-    def __init__(self, workdir: Path):
-        from mmjax import api
+    def __init__(self, config: ConfigDict, folder: Path, workdir: Path | None):
+        """`config` is the model's; what is found goes into `folder`. `workdir` is None where the model is of no run."""
         from mmjax.evaluators import Evaluation
         from mmjax.training import feedback
         from mmjax.validation import check_evaluators
 
-        self.folder, self._config = workdir / "eval", api.load_config(workdir)
-        own = _whole(self._config.evaluators)
+        self.folder, self._workdir, self._config = folder, workdir, config
+        own = _whole(config.evaluators)
         if _EVALUATORS.value:
-            self._config.evaluators = cli.load_recipe(_EVALUATORS.value, "evaluators").evaluators
-        self._config.evaluators = entries = _whole(self._config.evaluators)
-        check_evaluators(self._config)
+            config.evaluators = cli.load_recipe(_EVALUATORS.value, "evaluators").evaluators
+        config.evaluators = entries = _whole(config.evaluators)
+        check_evaluators(config)
         self.names = [*entries]
         if not self.names:
-            raise UserError(f"the config of {_EVALUATORS.value or workdir} has no evaluators")
-        for name in self.names:  # what was found before is known by their names
+            raise UserError(f"the config of {_EVALUATORS.value or workdir or _INIT.value} has no evaluators")
+        for name in self.names if workdir else ():  # what was found before is known by their names
             if name in own and configs.to_plain(own[name]) != configs.to_plain(entries[name]):
                 raise UserError(f"evaluators.{name} of {_EVALUATORS.value} is another one than the run's: rename it")
         self._evaluation = Evaluation(entries)
@@ -125,15 +150,18 @@ class Findings:
 
     def add(self, model: Any, names: list[str]) -> None:
         """Evaluates a model; writes and shows what is found, and marks the checkpoint that is the best so far."""
+        import jax
+
         from mmjax.training import feedback
         from mmjax.training.checkpoint import mark_best
 
-        feedback.say(f"evaluating step {model.step} of {self.folder.parent}")
+        feedback.say(f"evaluating step {model.step} of {self._workdir or _INIT.value}")
         metrics = self._evaluation.run(names, model, self.folder / "pictures")
         self._writer.write(model.step, metrics)
         self._lines.append({"step": model.step, **metrics})
         feedback.show_evaluation(metrics)
-        mark_best(self.folder.parent, self._config, self._lines)
+        if self._workdir and jax.process_index() == 0:
+            mark_best(self._workdir, self._config, self._lines)
 
 
 def _whole(entries: Mapping[str, ConfigDict]) -> ConfigDict:

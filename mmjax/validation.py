@@ -30,7 +30,7 @@ _ELEMENTS_NAMED = {key: "names" if kind is str else "numbers" for key, kind in _
 OPTIMIZERS = ("adamw", "adafactor", "lion", "muon")
 # Of evaluators' options.
 LOWEST = {"every": 0, "batch_size": 1, "rerank": 0, "rerank_weight": 0, "beams": 1, "seed": 0}
-LOWEST |= {"l2": 0, "max_iterations": 1, "k": 1, "seeds": 1}
+LOWEST |= {"l2": 0, "max_iterations": 1, "k": 1, "seeds": 1, "calibration_bins": 1}
 
 
 def validate(config: ConfigDict, device_count: int) -> None:
@@ -307,7 +307,9 @@ def check_evaluators(config: ConfigDict) -> None:
             raise UserError(
                 f'config.model.encoders.image.pooling: {key} reads "map", which no objective trains; use "mean"'
             )
-        compares = entry.kind in ("retrieval", "zeroshot") or entry.get("by") == "cosine" or entry.get("hard")
+        compares = (
+            entry.kind in ("retrieval", "zeroshot", "robustness") or entry.get("by") == "cosine" or entry.get("hard")
+        )
         if compares and not _has_embeddings(config):
             raise UserError(f"config.{key}: it compares embeddings, which no objective trains")
         for option, low in LOWEST.items():

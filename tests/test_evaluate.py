@@ -29,7 +29,7 @@ def followed(tmp_path_factory, openmoji_folder):
     follower = programs.start("evaluate", f"--workdir={workdir}", "--follow")
     code, output = programs.run("main", *ARGUMENTS, "--config.evaluators.test.every=4", f"--workdir={workdir}")
     assert code == 0, output
-    followed, _ = follower.communicate(timeout=120)
+    followed, _ = follower.communicate(timeout=300)
     assert follower.returncode == 0, followed
     return workdir, followed
 

@@ -64,7 +64,7 @@ def keep_running(tmp_path, codes):
         env=os.environ | {"MMJAX_RESTART_SECONDS": "0"},
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=300,
     )
     return result, int((tmp_path / "runs").read_text())
 
@@ -95,7 +95,7 @@ def test_signals_are_passed_on_and_the_command_may_take_its_time(tmp_path, numbe
     while not (tmp_path / "ready").exists():
         time.sleep(0.01)
     process.send_signal(number)
-    output, _ = process.communicate(timeout=20)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode == code and output == "saved\n"
 
 
@@ -111,13 +111,13 @@ def test_stopped_between_two_starts_it_does_not_start_again(tmp_path):
     )
     assert "starting again" in process.stderr.readline()
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=20)
+    process.communicate(timeout=300)
     assert process.returncode == 143 and (tmp_path / "runs").read_text() == "run\n"
 
 
 def test_detached_outlives_what_started_it(tmp_path):
     script = [str(ROOT / "launch" / "detached.sh"), str(tmp_path / "run")]
-    result = subprocess.run([*script, "bash", "-c", "echo made; exit 3"], capture_output=True, text=True, timeout=60)
+    result = subprocess.run([*script, "bash", "-c", "echo made; exit 3"], capture_output=True, text=True, timeout=300)
     assert (result.returncode, result.stdout) == (3, "made\n")
     command = ["bash", "-c", f"sleep 3; echo late; touch {tmp_path}/done"]
     first = subprocess.Popen([*script, *command], start_new_session=True, stdout=subprocess.DEVNULL)
@@ -125,7 +125,7 @@ def test_detached_outlives_what_started_it(tmp_path):
         time.sleep(0.05)
     os.killpg(first.pid, signal.SIGKILL)  # all that belongs to the connection
     first.wait(60)
-    again = subprocess.run([*script, *command], capture_output=True, text=True, timeout=60)
+    again = subprocess.run([*script, *command], capture_output=True, text=True, timeout=300)
     assert "it runs already" in again.stderr and again.stdout == "late\n" and (tmp_path / "done").exists()
 
 
@@ -133,5 +133,5 @@ def test_detached_starts_anew_where_a_number_was_left_by_what_did_not_end_itself
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "pid").write_text(str(os.getpid()))  # after a reboot it may be anybody's
     script = [str(ROOT / "launch" / "detached.sh"), str(tmp_path / "run")]
-    result = subprocess.run([*script, "echo", "made"], capture_output=True, text=True, timeout=60)
+    result = subprocess.run([*script, "echo", "made"], capture_output=True, text=True, timeout=300)
     assert (result.returncode, result.stdout) == (0, "made\n")

@@ -19,6 +19,7 @@ from mmjax.evaluators.knn import Knn
 from mmjax.evaluators.linear_probe import LinearProbe
 from mmjax.evaluators.matching import Matching
 from mmjax.evaluators.retrieval import Retrieval
+from mmjax.evaluators.robustness import Robustness
 from mmjax.evaluators.zeroshot import ZeroShot
 
 EVALUATORS = {
@@ -27,6 +28,7 @@ EVALUATORS = {
     "matching": Matching,
     "compositional": Compositional,
     "zeroshot": ZeroShot,
+    "robustness": Robustness,
     "linear_probe": LinearProbe,
     "knn": Knn,
     "few_shot": FewShot,

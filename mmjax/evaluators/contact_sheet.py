@@ -1,4 +1,4 @@
-"""Pictures of what captions retrieve (one row a caption, the right images framed), and of captions made for images."""
+"""Pictures of rows of images (such as what captions retrieve, the right ones framed), and of captions for images."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +15,7 @@ def draw(
     path: Path,
     captions: Sequence[str],
     images: Sequence[Sequence[image.Pixels]],
-    right: Sequence[Sequence[bool]],
+    right: Sequence[Sequence[bool]] | None = None,
 ) -> None:
     """Draws the sheet as PNG.
 
@@ -23,7 +23,7 @@ def draw(
       path: where; the folder is made.
       captions: one for each row.
       images: for each row the images, TILE pixels a side, best first.
-      right: for each row, which of them the caption belongs to.
+      right: for each row, which of them the caption belongs to, where that is the question.
     """
     columns = max(len(row) for row in images)
     width = columns * (TILE + GAP) + GAP
@@ -33,13 +33,13 @@ def draw(
     font = ImageFont.load_default(size=15)
     for row, caption in enumerate(captions):
         top = GAP + row * row_height
-        hit = "" if any(right[row]) else f"   (not among the first {columns})"
+        hit = "" if right is None or any(right[row]) else f"   (not among the first {columns})"
         fitting = shortened(caption, font, width - 2 * GAP - font.getlength(hit))
         pen.text((GAP, top), fitting + hit, INK, font)
         for column, pixels in enumerate(images[row]):
             left, tile_top = GAP + column * (TILE + GAP), top + CAPTION_HEIGHT - 6
             sheet.paste(Image.fromarray(pixels), (left, tile_top))
-            if right[row][column]:
+            if right is not None and right[row][column]:
                 box = (left - FRAME, tile_top - FRAME, left + TILE + FRAME - 1, tile_top + TILE + FRAME - 1)
                 pen.rectangle(box, outline=RIGHT, width=FRAME)
     path.parent.mkdir(parents=True, exist_ok=True)

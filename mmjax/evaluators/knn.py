@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from mmjax.api import Model
 from mmjax.errors import UserError
+from mmjax.evaluators import recalls
 from mmjax.evaluators.labelled import Labelled, correct, place
 
 QUERIES, GALLERY = 1024, 65_536  # compared at a time
@@ -32,13 +33,16 @@ class Knn(Labelled):
             raise UserError(f'k: split "{self._entry.train_split}" has {len(self._train)} images, not {self._entry.k}')
 
     def evaluate(self, model: Model, picture: Path | None = None) -> Iterator[tuple[str, float]]:
-        """Yields `knn_top1`."""
+        """Yields `knn_top1`. With a picture's path it writes each class's recall beside it (.csv)."""
         train, test = yield from self._features(model)
         similarities, neighbours = nearest(
             _unit(test.features), _unit(train.features), self._entry.k, model.mesh, self._beat
         )
         votes = weigh(similarities, train.labels[neighbours], self._class_count, self._entry.temperature)
-        yield "knn_top1", float(correct(votes, test.labels).mean())
+        right = correct(votes, test.labels)
+        yield "knn_top1", float(right.mean())
+        if picture is not None:
+            recalls.write(picture.with_suffix(".csv"), self._class_names, test.labels, right)
 
 
 def nearest(

@@ -49,7 +49,8 @@ class Labelled:
                 "splits, write {split} in its location"
             )
         names = [name for _, name in self._classes(entries[0])]
-        numbers = {name: number for number, name in enumerate(sorted(set(names)))}
+        self._class_names = sorted(set(names))
+        numbers = {name: number for number, name in enumerate(self._class_names)}
         self._class_count = len(numbers)
         if len(numbers) < 2:
             raise UserError(f'split "{entry.train_split}" has the one class {names[0]!r}: nothing to tell apart')

@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from mmjax.api import Model
 from mmjax.errors import UserError
+from mmjax.evaluators import calibration, recalls
 from mmjax.evaluators.labelled import Labelled, Split, correct, place, places_in_class
 from mmjax.evaluators.zeroshot import mean_per_class_recall
 
@@ -48,19 +49,28 @@ class LinearProbe(Labelled):
             )
 
     def evaluate(self, model: Model, picture: Path | None = None) -> Iterator[tuple[str, float]]:
-        """Yields `linear_probe_top1`, `linear_probe_mean_per_class_recall`, and the L2 strength, `linear_probe_l2`."""
+        """Yields top-1 accuracy, mean per-class recall, expected calibration error, and the L2 strength.
+
+        With a picture's path it writes each class's recall beside it (.csv).
+        """
         train, test = yield from self._features(model)
         probe = Regression(train, self._class_count, model.mesh, self._entry.max_iterations, self._beat)
         held_out = Split(*(part[self._held_out] for part in train))
 
         def score(l2: float) -> float:
-            return correct(scores(probe.fit(l2, ~self._held_out), held_out.features), held_out.labels).mean()
+            right = correct(scores(probe.fit(l2, ~self._held_out), held_out.features), held_out.labels)
+            return model.agreed(right).mean()
 
         l2 = self._entry.l2 or search(score)
-        right = correct(scores(probe.fit(l2), test.features), test.labels)
+        logits = scores(probe.fit(l2), test.features)
+        right = correct(logits, test.labels)
         yield "linear_probe_top1", float(right.mean())
         yield "linear_probe_mean_per_class_recall", mean_per_class_recall(test.labels, right)
+        bins = calibration.binned(calibration.confidences(logits), right, self._entry.calibration_bins)
+        yield "linear_probe_expected_calibration_error", bins.error
         yield "linear_probe_l2", float(l2)
+        if picture is not None:
+            recalls.write(picture.with_suffix(".csv"), self._class_names, test.labels, right)
 
 
 class Regression:

@@ -81,7 +81,8 @@ class Matching:
         if entry.hard:
             found = model.encode_rows("image", len(places), load_images, entry.batch_size)
             count = min(HARD + max(map(len, self._own)), len(ids))
-            nearest = best(found, model.encode_rows("text", len(ids), load_texts, entry.batch_size), count)
+            texts_found = model.encode_rows("text", len(ids), load_texts, entry.batch_size)
+            nearest = model.agreed(best(found, texts_found, count))
         wrong = wrong_texts(images, texts, self._own, entry.seed, nearest)
         odds = model.match_rows(
             np.tile(images, 2), np.concatenate([texts, wrong]), load_images, load_texts, entry.batch_size

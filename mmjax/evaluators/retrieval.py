@@ -135,12 +135,12 @@ class Retrieval:
             cosines = (images[image_rows] * texts[text_rows]).sum(axis=-1)
             return weight * odds.reshape(image_rows.shape) + scale * cosines
 
-        first = best(texts, images, count)
+        first = model.agreed(best(texts, images, count))
         scores = match(first, np.broadcast_to(np.arange(len(texts))[:, None], first.shape))
         places = reranked(found["text_to_image"], scores, first == text_owners[:, None])
         yield from _summary("text_to_image_reranked", places)
         if "image_to_text" in found:
-            first = best(images, texts, min(count, len(texts)))
+            first = model.agreed(best(images, texts, min(count, len(texts))))
             scores = match(np.broadcast_to(np.arange(len(images))[:, None], first.shape), first)
             right = text_owners[first] == np.arange(len(images))[:, None]
             yield from _summary("image_to_text_reranked", reranked(found["image_to_text"], scores, right))

@@ -16,9 +16,9 @@ from mmjax.api import Model
 from mmjax.data.pipeline import NoCaption, captions_of
 from mmjax.data.sources import open_entry
 from mmjax.errors import UserError, one_line
-from mmjax.evaluators import confusion_matrix
+from mmjax.evaluators import calibration, confusion_matrix, recalls
 from mmjax.evaluators.images import Images, unreadable
-from mmjax.evaluators.ranking import best, ranks
+from mmjax.evaluators.ranking import CHUNK, best, ranks
 
 TEMPLATES = ("a photo of a {}.", "a picture of a {}.", "an image of a {}.")
 PROMPTS = 8192  # encoded, and held, at a time
@@ -28,8 +28,8 @@ _PLACE_OF_NAME = re.compile(r"\{c?\}")
 class ZeroShot:
     """The evaluator `zeroshot`; its fields are those of `mmjax.config.zeroshot`.
 
-    With a file of `classes`, a record's class is the line that its label numbers, from 0; where it has no label, the
-    line that its caption repeats. Without such a file the caption is the name of the class.
+    With a file of `classes`, a record's class is the line that its label numbers, from 0; where it has no label, or
+    `captions` are named, the line that its caption repeats. Without such a file the caption is the name of the class.
     """
 
     def __init__(self, entry: ConfigDict):
@@ -63,7 +63,7 @@ class ZeroShot:
     def _class_of(self, record: dict, numbers: dict[str, int]) -> int:
         """The number of a record's class; without a file of classes, a new name gets the next one."""
         listed, key, label = len(self._classes), record["key"], record["label"]
-        if listed and label >= 0:
+        if listed and label >= 0 and not self._entry.captions:
             if label >= listed:
                 raise UserError(f"record {key!r} is of class {label}, and {self._entry.classes} has {listed} lines")
             return label
@@ -79,10 +79,11 @@ class ZeroShot:
         return numbers.setdefault(names[0], len(numbers))
 
     def evaluate(self, model: Model, picture: Path | None = None) -> Iterator[tuple[str, float]]:
-        """Yields `zeroshot_top1`, `zeroshot_top5` and `mean_per_class_recall`; draws the confusion matrix if asked to.
+        """Yields `zeroshot_top1`, `zeroshot_top5`, `mean_per_class_recall` and `expected_calibration_error`.
 
         `mean_per_class_recall` is the mean of the classes' own top-1 accuracies, over the classes that have images.
-        With five classes or fewer all would be among the first five, and there is no `zeroshot_top5`.
+        With five classes or fewer all would be among the first five, and there is no `zeroshot_top5`. With a picture's
+        path it writes each class's recall beside it (.csv), and draws what the entry asks for.
         """
         entry, load_images = self._entry, Images(self._source, model)
         images = model.encode_rows("image", len(self._labels), load_images, entry.batch_size)
@@ -93,9 +94,17 @@ class ZeroShot:
         if len(classes) > 5:
             yield "zeroshot_top5", float((found < 5).mean())
         yield "mean_per_class_recall", mean_per_class_recall(self._labels, found == 0)
-        if entry.confusion_matrix and picture is not None:
+        sure = confidences(images, classes, model.logits()["logit_scale"])
+        bins = calibration.binned(sure, found == 0, entry.calibration_bins)
+        yield "expected_calibration_error", bins.error
+        if picture is None:
+            return
+        recalls.write(picture.with_suffix(".csv"), self._classes, self._labels, found == 0)
+        if entry.confusion_matrix:
             named = predictions(images, classes, self._labels, found)
             confusion_matrix.draw(picture, self._classes, self._labels, named)
+        if entry.reliability_diagram:
+            calibration.draw(picture.with_name(f"reliability-{picture.name}"), bins)
 
 
 def class_embeddings(
@@ -145,6 +154,19 @@ def mean_per_class_recall(labels: Int[np.ndarray, " images"], right: np.ndarray)
     """The mean over the classes that have images of the share of their images that are right (balanced accuracy)."""
     sizes = np.bincount(labels)
     return float((np.bincount(labels, right)[sizes > 0] / sizes[sizes > 0]).mean())
+
+
+def confidences(
+    images: Float[np.ndarray, "images dim"], classes: Float[np.ndarray, "classes dim"], logit_scale: float
+) -> Float[np.ndarray, " images"]:
+    """The probability of the class that each image is taken for: softmax over the classes of scale times cosine.
+
+    A model trained with softmax says just that (`Model.similarity`). One trained with the sigmoid loss gives each pair
+    a probability p of its own; given that exactly one of the classes is right, a class's share of the odds p / (1 - p)
+    is its probability, and that is the same softmax: the bias is in all odds, and cancels.
+    """
+    parts = (images[start : start + CHUNK] @ classes.T for start in range(0, len(images), CHUNK))
+    return np.concatenate([calibration.confidences(logit_scale * part) for part in parts])
 
 
 def predictions(

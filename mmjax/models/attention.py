@@ -11,6 +11,8 @@ from mmjax.sharding.rules import constrain
 
 # `key` and `value`: [batch, tokens, heads, head_dim], of all tokens that a query may see.
 Cache = Mapping[str, Array]
+# Collections of Flax variables, for `mmjax.explain` alone.
+ATTENTION, SHIFT = "attention", "attention_shift"
 
 
 class Attention(nn.Module):
@@ -52,14 +54,42 @@ class Attention(nn.Module):
         if cache and position is not None:
             key = jax.lax.dynamic_update_slice_in_dim(cache["key"], key, position, axis=1)
             value = jax.lax.dynamic_update_slice_in_dim(cache["value"], value, position, axis=1)
-        chosen = implementation(query, key, mask)
-        if chosen == "cudnn" and mask is not None:  # it takes no mask that is to be broadcast over the queries
-            mask = jnp.broadcast_to(mask, (*mask.shape[:2], query.shape[1], key.shape[1]))
-        attended = jax.nn.dot_product_attention(query, key, value, mask=mask, implementation=chosen)
+        if is_explained(self):
+            weights = nn.softmax(_logits(query, key, mask)).astype(self.dtype)
+            attended = jnp.einsum("bhqk,bkhd->bqhd", explained(self, weights), value)
+        else:
+            chosen = implementation(query, key, mask)
+            if chosen == "cudnn" and mask is not None:  # it takes no mask that is to be broadcast over the queries
+                mask = jnp.broadcast_to(mask, (*mask.shape[:2], query.shape[1], key.shape[1]))
+            attended = jax.nn.dot_product_attention(query, key, value, mask=mask, implementation=chosen)
         merged = constrain(attended.reshape(x.shape), "batch", "sequence", "heads")
         out = nn.Dense(width, dtype=self.dtype, kernel_init=nn.initializers.xavier_uniform(), name="out")(merged)
         out = constrain(out, "batch", "sequence", "embed")
         return out if cache is None else (out, {"key": key, "value": value})
+
+
+def _logits(query: Array, key: Array, mask: Array | None) -> Float[Array, "batch heads queries keys"]:
+    logits = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32) * query.shape[-1] ** -0.5
+    return logits if mask is None else jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
+
+
+def is_explained(module: nn.Module) -> bool:
+    """Whether the caller asks for a module's attention weights: by `mutable=[ATTENTION]` or by giving SHIFT."""
+    asked = module.is_mutable_collection(ATTENTION) or module.has_variable(SHIFT, "weights")
+    return asked and not module.is_initializing()
+
+
+def explained(
+    module: nn.Module, weights: Float[Array, "batch heads queries keys"]
+) -> Float[Array, "batch heads queries keys"]:
+    """The same weights, which the caller finds in ATTENTION. What it gives in SHIFT is added to them: a place to take
+    gradients with respect to them.
+    """
+    if module.is_mutable_collection(ATTENTION):
+        module.put_variable(ATTENTION, "weights", weights)
+    if module.has_variable(SHIFT, "weights"):
+        weights = weights + module.get_variable(SHIFT, "weights").astype(weights.dtype)
+    return weights
 
 
 def implementation(query: Array, key: Array, mask: Array | None) -> str:

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
-from mmjax.models.attention import Attention
+from mmjax.models.attention import Attention, explained, is_explained
 from mmjax.models.transformer import PRE_NORM, Mlp, Style, layer_norm
 
 POOLINGS = ("mean", "cls", "map", "last")
@@ -35,6 +35,10 @@ class Pool(nn.Module):
             return x[:, 0]
         if self.kind == "last":
             return x[:, -1]
+        if self.kind == "mean" and is_explained(self):
+            counted = jnp.ones(x.shape[:2], x.dtype) if valid is None else valid.astype(x.dtype)
+            weights = counted / jnp.maximum(counted.sum(axis=1, keepdims=True), 1)
+            return jnp.einsum("bk,bkd->bd", explained(self, weights[:, None, None])[:, 0, 0], x)
         if self.kind == "mean":
             if valid is None:
                 return x.mean(axis=1)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from mmjax.models.attention import Attention
+from mmjax.models.attention import ATTENTION, SHIFT, Attention
 from mmjax.sharding.rules import constrain
 
 # What the backward pass finds saved; the rest it computes again.
@@ -144,7 +144,7 @@ class Transformer(nn.Module):
                 block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
             stack = nn.scan(
                 lambda module, carry, cache, *shared: module(carry, cache, *shared),
-                variable_axes={"params": 0},
+                variable_axes={"params": 0, ATTENTION: 0, SHIFT: 0},
                 split_rngs={"params": True},
                 in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
                 length=self.depth,

@@ -81,8 +81,19 @@ def from_first_process(value: Any) -> Any:
         return value
     content = np.frombuffer(json.dumps(value).encode(), np.uint8)
     length = int(multihost_utils.broadcast_one_to_all(np.int32(len(content))))
-    sent = np.resize(content, length)  # only the first process's counts, and has this length
-    return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(sent)).astype(np.uint8).tobytes())
+    return json.loads(array_from_first_process(np.resize(content, length)).tobytes())  # only the first one's counts
+
+
+def array_from_first_process(array: np.ndarray) -> np.ndarray:
+    """The first process's array; all of them have to ask, with one of the same shape and type.
+
+    For what each has computed on its host, where the last bit may differ, if the devices' next work depends on it.
+    """
+    if jax.process_count() == 1:
+        return array
+    content = np.frombuffer(np.ascontiguousarray(array).tobytes(), np.uint8)
+    sent = np.asarray(multihost_utils.broadcast_one_to_all(content)).astype(np.uint8)
+    return np.frombuffer(sent.tobytes(), array.dtype).reshape(array.shape)
 
 
 def local_rows(sharding: NamedSharding, batch_size: int) -> Int[np.ndarray, " rows"]:

@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import socket
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -253,11 +255,17 @@ class StopRequest:
         # Among several processes jax itself waits for SIGTERM, and tells the others of it.
         numbers = (signal.SIGINT,) if self._several else (signal.SIGINT, signal.SIGTERM)
         self._before = {number: signal.signal(number, self._note) for number in numbers}
+        self._arrived, arriving = socket.socketpair()
+        arriving.setblocking(False)
+        self._arriving, self._arriving_before = arriving, signal.set_wakeup_fd(arriving.fileno())
+        threading.Thread(target=self._end_at_second, name="second Ctrl-C", daemon=True).start()
         return self
 
     def __exit__(self, *exception) -> None:
+        signal.set_wakeup_fd(self._arriving_before)
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        self._arriving.close()  # which ends the thread
 
     def agreed(self, step: int) -> int:
         """The signal to stop for after this step, or 0; all processes stop after the same step."""
@@ -267,12 +275,18 @@ class StopRequest:
         return 0 if self._several else self.signal
 
     def _note(self, number: int, frame) -> None:
-        if self.signal and number == signal.SIGINT:
-            feedback.say("interrupted; the last checkpoint is intact")
-            exit_at_once(128 + number)
         if self.signal:
             return
         self.signal = number
         feedback.say(f"{signal.Signals(number).name}: stopping with a checkpoint; Ctrl-C stops at once")
         if self._several:
             os.kill(os.getpid(), signal.SIGTERM)
+
+    def _end_at_second(self) -> None:
+        """Runs in a thread of its own: `_note` is not called while the main one waits for a device that hangs."""
+        noted = False
+        while number := self._arrived.recv(1)[:1]:
+            if noted and number[0] == signal.SIGINT:
+                exit_at_once(128 + signal.SIGINT, "interrupted; the last checkpoint is intact")
+            noted = noted or number[0] in self._before
+        self._arrived.close()

@@ -46,8 +46,7 @@ class Watchdog:
                 self._end(silence)
 
     def _end(self, silence: float) -> None:
-        # Writing may hang too, where the file system is what does not answer.
-        threading.Timer(30.0, os._exit, (EXIT_HUNG,)).start()
+        _exit_soon(EXIT_HUNG)
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with self._path.open("a") as file:
@@ -57,16 +56,24 @@ class Watchdog:
             where = f"; where it hangs: {self._path}"
         except OSError as error:
             where = f"; its stacks could not be written: {error}"
-        sys.stderr.write(
+        exit_at_once(
+            EXIT_HUNG,
             f"error: nothing has happened for {silence:.0f} s (config.health.hang_timeout_seconds){where}; "
-            "the same command goes on from the last checkpoint\n"
+            "the same command goes on from the last checkpoint",
         )
-        exit_at_once(EXIT_HUNG)
 
 
-def exit_at_once(code: int) -> NoReturn:
+def exit_at_once(code: int, message: str) -> NoReturn:
     """Ends the process and its loader processes, which may hang themselves, without waiting for anything."""
-    sys.stderr.flush()
+    _exit_soon(code)
     for child in multiprocessing.active_children():
         child.kill()
+    os.write(sys.stderr.fileno(), f"{message}\n".encode())  # no lock: another thread may hold that of sys.stderr
     os._exit(code)
+
+
+def _exit_soon(code: int) -> None:
+    """Writing may hang too, where the file system or whoever reads the output is what does not answer."""
+    timer = threading.Timer(30.0, os._exit, (code,))
+    timer.daemon = True
+    timer.start()

@@ -152,7 +152,7 @@ def test_real_processes_load_their_rows_of_the_same_batches(written, tokenizer, 
         command = [sys.executable, str(tmp_path / "load.py"), told]
         processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment))
     for part, process in enumerate(processes):
-        output, _ = process.communicate(timeout=120)
+        output, _ = process.communicate(timeout=300)
         assert process.returncode == 0
         assert json.loads(output.splitlines()[-1]) == [batch[part::count] for batch in whole]
 

@@ -3,9 +3,11 @@ from collections import Counter
 
 import pytest
 
-from mmjax.data import openmoji
+from mmjax import config as configs
+from mmjax.data import emoji_classes, openmoji
 from mmjax.data.sources import open_source
 from mmjax.errors import UserError
+from mmjax.evaluators import EVALUATORS
 
 TONES = {"1F3FB", "1F3FC", "1F3FD", "1F3FE", "1F3FF"}
 
@@ -52,6 +54,67 @@ def test_what_a_mirror_image_would_contradict_is_never_mirrored():
     for name in ("dog face", "woman astronaut dark skin tone", "bicycle"):
         assert mirror[name], name
     assert sum(mirror.values()) > 2000
+
+
+def test_classes_are_unicodes_subgroups_and_the_same_in_both_splits():
+    train, test = records("train"), records("test")
+    by_name = {record["captions"]["en"][0]: record for record in (*train, *test)}
+    expected = {
+        "dog face": ("Animals & Nature", "animal mammal", 32),
+        "Japan": ("Flags", "country flag", 96),
+        "keycap 7": ("Symbols", "keycap", 92),
+        "waving hand": ("People & Body", "hand fingers open", 16),
+        "waving hand dark skin tone": ("People & Body", "hand fingers open", 16),
+        "couple with heart man man light skin tone": ("People & Body", "family", 30),
+    }
+    for name, wanted in expected.items():
+        found = emoji_classes.class_of(by_name[name]["key"])
+        assert (found.group, found.subgroup, found.number) == wanted
+        assert by_name[name]["label"] == found.number
+    labels = [{record["label"] for record in split} for split in (train, test)]
+    assert labels[0] == set(range(98)) and len(labels[1]) == 15  # skin tones: people, and parts of them
+    kinds = {record["label"]: emoji_classes.class_of(record["key"]) for record in train}
+    assert len({kind.subgroup for kind in kinds.values()}) == 98
+    assert [*dict.fromkeys(kinds[number].group for number in sorted(kinds))] == [
+        *("Smileys & Emotion", "People & Body", "Animals & Nature", "Food & Drink", "Travel & Places", "Activities"),
+        *("Objects", "Symbols", "Flags"),
+    ]
+
+
+def test_names_of_classes_are_captions_only_where_they_are_asked_for():
+    record = open_source("openmoji:group,subgroup,en", "test")[0]
+    assert record["captions"] == {
+        "group": ["People & Body"],
+        "subgroup": [emoji_classes.class_of(record["key"]).subgroup],
+        "en": open_source("openmoji:en", "test")[0]["captions"]["en"],
+    }
+    assert not {*open_source("openmoji", "test")[0]["captions"]} & {"group", "subgroup"}
+    with pytest.raises(UserError, match='no language "groups"; known: en, .*, ar, group, subgroup'):
+        open_source("openmoji:groups", "test")
+
+
+@pytest.mark.parametrize(
+    "entry, count",
+    [
+        (configs.linear_probe(source="openmoji:en"), 98),
+        (configs.knn(source="openmoji:subgroup", class_caption="subgroup"), 98),
+        (configs.few_shot(source="openmoji:group", class_caption="group"), 9),
+    ],
+)
+def test_classifiers_learn_these_classes(entry, count):
+    evaluator = EVALUATORS[entry.kind](entry)
+    evaluator.open()
+    assert evaluator._class_count == count
+
+
+def test_zero_shot_classification_knows_their_names():
+    for source, split, count in (("openmoji:subgroup", "test", 15), ("openmoji:group", "all", 9)):
+        for make in (configs.zeroshot, configs.robustness):
+            evaluator = EVALUATORS[make().kind](make(source=source, split=split))
+            evaluator.open()
+            assert len(set(evaluator._classes)) == len(evaluator._classes) == count
+    with pytest.raises(UserError, match="one class 'People & Body'"):
+        EVALUATORS["zeroshot"](configs.zeroshot(source="openmoji:group")).open()
 
 
 def test_hold_out_keeps_another_tone_of_every_base():

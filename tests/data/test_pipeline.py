@@ -373,7 +373,7 @@ def worker_program(tmp_path, openmoji_folder):
 
 
 def test_worker_processes_end_quietly(worker_program):
-    output, _ = worker_program(6).communicate(timeout=60)
+    output, _ = worker_program(6).communicate(timeout=300)
     assert output == "started\n"
 
 

@@ -55,6 +55,21 @@ def test_features_are_what_the_tower_pools(openmoji_folder):
     assert one.features_rows("image", 0, lambda rows: images[rows]).shape == (0, 32)
 
 
+@pytest.mark.parametrize("kind", ["linear_probe", "knn"])
+def test_recalls_are_written_beside_the_picture(tmp_path, kind):
+    picture = tmp_path / "pictures" / "probe-00000001.png"
+    entry = KINDS[kind].copy_and_resolve_references()
+    entry.source = write_splits(tmp_path, label=lambda n: n // 10)
+    table = np.eye(3)[np.arange(30) // 10]
+    table[[1, 11, 13]] = table[21]  # these are taken for the last class
+    evaluator = EVALUATORS[kind](entry)
+    evaluator.open()
+    metrics = dict(evaluator.evaluate(Pictures(table), picture))
+    assert metrics[f"{kind}_top1"] == pytest.approx(12 / 15)
+    lines = picture.with_suffix(".csv").read_text().splitlines()
+    assert lines == ["class,images,recall", "0,5,0.8", "1,5,0.6", "2,5,1.0"]
+
+
 def test_classes_may_have_names(tmp_path):
     source = write_splits(tmp_path)
     entry = configs.knn(source=source, class_caption="kind", k=1)

@@ -1,5 +1,6 @@
 """Zero-shot classification of pictures that a model knows, or takes for others, or tells nothing of."""
 
+import csv
 import json
 
 import numpy as np
@@ -17,6 +18,7 @@ from tests.test_api_text import model as tiny_model
 CLASSES = ["apple", "bird", "cargo ship", "dog", "eel", "fox"]
 COUNTS = [4, 1, 2, 3, 1, 1]
 LABELS = np.repeat(np.arange(6), COUNTS)
+PERFECT = {"zeroshot_top1": 1.0, "zeroshot_top5": 1.0, "mean_per_class_recall": 1.0, "expected_calibration_error": 0.0}
 
 
 class Oracle:
@@ -32,6 +34,9 @@ class Oracle:
     @staticmethod
     def mean(data):
         return image.for_evaluation(image.decode(data), 16, "squash").mean()
+
+    def logits(self):
+        return {"logit_scale": 100.0, "logit_bias": 0.0}
 
     def encode(self, texts, length):
         self.sentences += texts
@@ -69,7 +74,7 @@ def write(path, *lines):
 def test_a_folder_of_classes_needs_nothing_else(folder):
     model = Oracle()
     metrics = evaluate(f"folder:{folder}", model)
-    assert metrics == {"zeroshot_top1": 1.0, "zeroshot_top5": 1.0, "mean_per_class_recall": 1.0}
+    assert metrics == pytest.approx(PERFECT)
     assert model.sentences == [template.format(name) for name in CLASSES for template in zeroshot.TEMPLATES]
 
 
@@ -78,6 +83,7 @@ def test_recall_is_a_mean_over_classes_and_accuracy_over_images(folder):
     metrics = evaluate(f"folder:{folder}", Oracle(apples_are_dogs))
     assert metrics["zeroshot_top1"] == pytest.approx(8 / 12)
     assert metrics["mean_per_class_recall"] == pytest.approx(5 / 6)
+    assert metrics["expected_calibration_error"] == pytest.approx(4 / 12)  # it is sure of all
     assert metrics["zeroshot_top5"] == pytest.approx(8 / 12)  # the other classes tie with theirs, which counts as last
 
 
@@ -93,18 +99,15 @@ def test_classes_are_numbered_by_a_file_or_named_by_captions(folder, tmp_path):
     source = f"csv:{write(folder / 'list.csv', 'filepath,title', *rows)}"
     assert evaluate(source)["mean_per_class_recall"] == 1.0
     backwards = write(tmp_path / "backwards.txt", "yak", *CLASSES[::-1])
-    assert evaluate(source, Oracle(names=["yak", *CLASSES], taken_for=LABELS + 1), classes=backwards) == {
-        "zeroshot_top1": 1.0,
-        "zeroshot_top5": 1.0,
-        "mean_per_class_recall": 1.0,  # of a class without an image there is none
-    }
+    model = Oracle(names=["yak", *CLASSES], taken_for=LABELS + 1)
+    assert evaluate(source, model, classes=backwards) == pytest.approx(PERFECT)  # no recall of a class without image
 
 
 def test_with_few_classes_there_is_no_top5(folder, tmp_path):
     for name in CLASSES[:3]:
         (tmp_path / "few").mkdir(exist_ok=True)
         (folder / name.replace(" ", "_")).rename(tmp_path / "few" / name)
-    assert set(evaluate(f"folder:{tmp_path / 'few'}")) == {"zeroshot_top1", "mean_per_class_recall"}
+    assert set(evaluate(f"folder:{tmp_path / 'few'}")) == set(PERFECT) - {"zeroshot_top5"}
 
 
 def test_what_cannot_be_told_is_one_line(folder, tmp_path):
@@ -141,13 +144,39 @@ def test_images_that_cannot_be_read_are_counted_and_every_record_is_a_sign_of_li
 def test_the_picture_is_drawn_where_it_is_asked_for(folder, tmp_path):
     path = tmp_path / "new" / "matrix.png"
     evaluate(f"folder:{folder}", picture=path)
-    assert not path.exists()
+    assert not path.exists() and not path.with_name("reliability-matrix.png").exists()
+    evaluate(f"folder:{folder}", picture=path, reliability_diagram=True)
+    assert not path.exists() and path.with_name("reliability-matrix.png").exists()
     colours = []
     for taken_for in (LABELS, (LABELS + 1) % 6):
         evaluate(f"folder:{folder}", Oracle(taken_for), path, confusion_matrix=True)
         pixels = np.asarray(Image.open(path))
         colours.append([(pixels == colour).all(axis=2).any() for colour in (contact_sheet.RIGHT, contact_sheet.WRONG)])
     assert colours == [[True, False], [False, True]]
+
+
+def test_recalls_are_written_beside_the_picture(folder, tmp_path):
+    (folder / "eel").rename(folder / 'Öl, "eel"')
+    path = tmp_path / "new" / "pets-00000007.png"
+    names = ["apple", "bird", "cargo ship", "dog", "fox", 'Öl, "eel"']
+    apples_are_dogs = np.where(LABELS == 0, 3, LABELS)
+    evaluate(
+        f"folder:{folder}", Oracle(np.where(LABELS == 4, 5, np.where(LABELS == 5, 4, apples_are_dogs)), names), path
+    )
+    with open(path.with_suffix(".csv"), encoding="utf-8", newline="") as file:
+        rows = [*csv.DictReader(file)]
+    expected = [("apple", 4, 0.0), ("bird", 1, 1.0), ("cargo ship", 2, 1.0), ("dog", 3, 1.0), ("fox", 1, 1.0)]
+    found = [(row["class"], int(row["images"]), float(row["recall"])) for row in rows]
+    assert found == [*expected, ('Öl, "eel"', 1, 1.0)]
+
+
+def test_captions_that_are_named_come_before_labels(tmp_path):
+    """Where a data set's labels number other classes than those of the file."""
+    (tmp_path / "a.png").write_bytes(samples.png(0)), (tmp_path / "b.png").write_bytes(samples.png(4))
+    source = f"csv:{write(tmp_path / 'list.csv', 'filepath,title,label', 'a.png,apple,1', 'b.png,bird,0')}"
+    classes = write(tmp_path / "classes.txt", *CLASSES)
+    assert evaluate(source, classes=classes)["zeroshot_top1"] == 0.0
+    assert evaluate(source, classes=classes, captions=("title",))["zeroshot_top1"] == 1.0
 
 
 class Sentences:
@@ -226,4 +255,4 @@ def test_the_same_numbers_on_one_device_and_on_eight(openmoji_folder, folder):
     np.testing.assert_allclose(one, eight, atol=1e-5)
     np.testing.assert_allclose(np.linalg.norm(one, axis=1), 1, atol=1e-5)
     found = [evaluate(f"folder:{folder}", model, batch_size=8) for model in models]
-    assert found[0] == found[1] and found[0]["zeroshot_top5"] > 0
+    assert found[0] == pytest.approx(found[1], abs=1e-5) and found[0]["zeroshot_top5"] > 0

@@ -3,11 +3,9 @@
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
@@ -28,35 +26,12 @@ ARGUMENTS = (
 )
 
 
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
 def start_two(*arguments):
-    address = f"127.0.0.1:{free_port()}"
-    return [
-        programs.start(
-            "main",
-            *arguments,
-            devices=4,
-            JAX_COORDINATOR_ADDRESS=address,
-            JAX_NUM_PROCESSES="2",
-            JAX_PROCESS_ID=str(number),
-        )
-        for number in range(2)
-    ]
-
-
-def outputs_of(processes, timeout=300):
-    """What they said until they ended. Read at the same time: a process stops at a full pipe, and the other waits."""
-    with ThreadPoolExecutor() as pool:
-        return [output for output, _ in pool.map(lambda process: process.communicate(timeout=timeout), processes)]
+    return programs.start_several("main", *arguments, devices=4, processes=2)
 
 
 def finish(processes, code):
-    outputs = outputs_of(processes)
+    outputs = programs.outputs_of(processes)
     assert [process.returncode for process in processes] == [code, code], outputs
     return outputs
 
@@ -110,7 +85,7 @@ def test_one_of_two_processes_is_killed_and_both_started_again(two, tmp_path):
     while processes[0].poll() is None and max((line["step"] for line in read_metrics(path)), default=0) < 7:
         time.sleep(0.01)
     processes[1].kill()
-    outputs = outputs_of(processes, timeout=100)
+    outputs = programs.outputs_of(processes, timeout=400)
     assert all(process.returncode != 0 for process in processes), outputs
     shutil.copytree(tmp_path / "killed", tmp_path / "alone")
     finish(start_two(*ARGUMENTS, f"--workdir={tmp_path / 'killed'}"), 0)
@@ -131,13 +106,13 @@ def test_when_one_of_two_processes_is_stuck_both_end_and_say_where(tmp_path, ope
         "--config=tests/tiny.py:100000",
         "--config.loader.workers=1",
         f"--workdir={tmp_path}",
+        "--config.train.checkpoint_every=100000",
         "--config.health.hang_timeout_seconds=40",
     )
-    while processes[0].poll() is None and len(read_metrics(tmp_path / "metrics.jsonl")) < 5:
-        time.sleep(0.05)
+    programs.wait_for_steps(processes[0], tmp_path, 5)
     (worker,) = programs.loader_processes(processes[1])
     os.kill(worker, signal.SIGSTOP)
-    outputs = outputs_of(processes, timeout=200)
+    outputs = programs.outputs_of(processes, timeout=400)
     # Whoever is first ends the other one, whose coordinator or peer is then gone.
     assert EXIT_HUNG in [process.returncode for process in processes], outputs
     assert all(process.returncode != 0 for process in processes)
@@ -160,23 +135,23 @@ def test_a_checkpoint_that_is_damaged_for_one_process_is_set_aside_by_both(two, 
 
 def test_all_processes_go_by_what_the_first_one_sees():
     program = (
-        "import sys, jax; from mmjax import config; from mmjax.sharding import distributed\n"
+        "import jax, numpy as np; from mmjax import config; from mmjax.sharding import distributed\n"
         "distributed.initialize(config.default().distributed)\n"
         "seen = [[1, 20, 300], []][jax.process_index()]\n"
-        "print(distributed.from_first_process(seen), distributed.from_first_process(seen[::-1]))\n"
+        "array = distributed.array_from_first_process(np.array([[0.25, -7.0]]) * (1 - jax.process_index()))\n"
+        "print(distributed.from_first_process(seen), distributed.from_first_process(seen[::-1]), end=' ')\n"
+        "print(array.tolist(), array.dtype)\n"
     )
-    address = f"127.0.0.1:{free_port()}"
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", program],
             cwd=programs.ROOT,
-            env=programs.environment(
-                JAX_COORDINATOR_ADDRESS=address, JAX_NUM_PROCESSES="2", JAX_PROCESS_ID=str(number)
-            ),
+            env=programs.environment(**place),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for number in range(2)
+        for place in programs.places(2)
     ]
-    assert all("[1, 20, 300] [300, 20, 1]" in output for output in finish(processes, 0))
+    shown = "[1, 20, 300] [300, 20, 1] [[0.25, -7.0]] float64"
+    assert all(shown in output for output in finish(processes, 0))

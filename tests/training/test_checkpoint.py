@@ -284,7 +284,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, openmoji_folder):
     arguments = f"--config=tests/tiny.py:40 --workdir={tmp_path}/run --config.train.max_to_keep=20"
     script = f"{mount}; {sys.executable} -m mmjax.main {arguments}; echo code $?; cp -r {tmp_path}/run {tmp_path}/copy"
     finished = subprocess.run(
-        [*inside, script], cwd=programs.ROOT, env=programs.environment(), capture_output=True, text=True, timeout=200
+        [*inside, script], cwd=programs.ROOT, env=programs.environment(), capture_output=True, text=True, timeout=300
     )
     assert "code 2" in finished.stdout and "Traceback" not in finished.stderr, finished.stderr
     last = saved_steps(tmp_path / "copy")[-1]

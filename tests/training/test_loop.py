@@ -80,6 +80,8 @@ def test_killed_ten_times_anywhere_and_run_again_the_result_is_the_same_bits(uni
             time.sleep(0.005)  # what is in it was written before the last kill
         while process.poll() is None and max((line["step"] for line in metric_lines(tmp_path)), default=0) < wanted:
             time.sleep(0.005)
+        while process.poll() is None and number % 2 == 0 and not saved_steps(tmp_path):
+            time.sleep(0.005)  # where writing is slow, no checkpoint would ever be whole
         if number % 2 == 0:
             time.sleep(moments.random())
         while process.poll() is None and number % 2 and not list(unfinished.glob("*.orbax-checkpoint-tmp")):
@@ -141,7 +143,7 @@ def test_stopped_by_a_signal_it_saves_and_goes_on(uninterrupted, tmp_path, numbe
     while process.poll() is None and len(metric_lines(tmp_path)) < 4:
         time.sleep(0.01)
     process.send_signal(number)
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode == expected, output
     assert "the same command goes on from there" in output and "Traceback" not in output
     assert len(saved_steps(tmp_path)) == 1
