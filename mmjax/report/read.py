@@ -8,20 +8,19 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from mmjax.errors import UserError, one_line
 
-_DRAWN = re.compile(r"(.+)-(\d{1,18})\.(png|csv)")  # what evaluators draw: EVALUATOR-STEP.png, and .csv beside it
-_LARGEST = 1e300  # differences of what is larger overflow
+_DRAWN = re.compile(r"(.+)-(\d{1,18})\.(png|csv)")  # what evaluators write: EVALUATOR-STEP.png, and .csv beside it
 _DRAWN_IN = ("pictures", "eval/pictures")  # by the trainer, and by mmjax.evaluate
+_LARGEST = 1e300  # differences of what is larger overflow
 
 
-@dataclass(frozen=True)
-class Series:
+class Series(NamedTuple):
     """A metric over a run: its values, some of which may not be finite, by ascending step."""
 
     steps: Int[np.ndarray, " points"]
@@ -37,21 +36,11 @@ class Series:
         return Series(self.steps[kept], self.values[kept])
 
 
-@dataclass(frozen=True)
-class Drawn:
+class Drawn(NamedTuple):
     """A file of an evaluator, of the last step that it has one of."""
 
     step: int
     path: Path
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """A picture of what a model looked at, and the weights of its text's tokens."""
-
-    path: Path
-    title: str
-    tokens: Sequence[tuple[str, float]]
 
 
 @dataclass
@@ -70,7 +59,6 @@ class Run:
     checkpoints: list[int] = field(default_factory=list)
     pictures: dict[str, Drawn] = field(default_factory=dict)
     classes: dict[str, Drawn] = field(default_factory=dict)
-    explanations: list[Explanation] = field(default_factory=list)
     notes: dict[str, list[str]] = field(default_factory=dict)
 
     def note(self, section: str, text: str) -> None:
@@ -108,20 +96,19 @@ def read_run(workdir: Path, name: str) -> Run:
     if not any((workdir / file).is_file() for file in ("config.json", "metrics.jsonl")):
         raise UserError(f"{workdir} holds no run: neither config.json nor metrics.jsonl is there")
     run = Run(workdir, name)
-    run.config = _json(run, "config.json", "configuration")
-    run.result = _json(run, "result.json", "runs")
-    run.time = _json(run, "time.json", "speed")
-    run.best = _json(run, "eval/best.json", "runs")
-    run.environment = _json(run, "environment.json", "environment")
+    run.config = read_json(run, "config.json", "configuration")
+    run.result = read_json(run, "result.json", "runs")
+    run.time = read_json(run, "time.json", "speed")
+    run.best = read_json(run, "eval/best.json", "runs")
+    run.environment = read_json(run, "environment.json", "environment")
     run.checkpoints = sorted(int(path.name) for path in (workdir / "checkpoints").glob("*") if path.name.isdecimal())
     _read_metrics(run)
     run.pictures, run.classes = _drawn(workdir, "png"), _drawn(workdir, "csv")
-    run.explanations = [_explanation(run, path) for path in sorted((workdir / "eval/explanations").glob("*.png"))]
     return run
 
 
-def _json(run: Run, file: str, section: str) -> dict[str, Any]:
-    """The object in a file; {} where there is none, noted where there is something else."""
+def read_json(run: Run, file: str, section: str) -> dict[str, Any]:
+    """The object in a file of the workdir; {} where there is none, noted where there is something else."""
     path = run.path / file
     if not path.is_file():
         return {}
@@ -158,8 +145,7 @@ def _read_line(line: str, run: Run, columns: dict[str, tuple[array, array]], fau
         content = json.loads(line)
         step, when = content.pop("step"), content.pop("time", None)
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
-        faults["lines"] += 1
-        return
+        step = None
     if type(step) is not int or not 0 <= step < 2**53:
         faults["lines"] += 1
         return
@@ -179,8 +165,6 @@ def _read_line(line: str, run: Run, columns: dict[str, tuple[array, array]], fau
 def _series(steps: array, values: array) -> Series:
     """In the order of steps; of several values of a step the last one counts."""
     at, found = np.array(steps), np.array(values)
-    if (np.diff(at) > 0).all():
-        return Series(at, found)
     order = np.argsort(at, kind="stable")
     at, found = at[order], found[order]
     last = np.append(np.diff(at) > 0, True)
@@ -218,13 +202,3 @@ def read_classes(run: Run, path: Path) -> list[tuple[str, int, float]]:
     if damaged or not table:
         run.note("classes", f"{path.name}: {f'damaged rows left out: {damaged:,}' if damaged else 'it has no rows'}")
     return rows
-
-
-def _explanation(run: Run, path: Path) -> Explanation:
-    about = _json(run, f"eval/explanations/{path.stem}.json", "explanations")
-    try:
-        tokens = [(str(text), float(weight)) for text, weight in about.get("tokens") or ()]
-    except (TypeError, ValueError):
-        run.note("explanations", f"{path.stem}.json: its tokens are no pairs of a text and a weight")
-        tokens = []
-    return Explanation(path, str(about.get("title") or path.stem), tokens)

@@ -2,15 +2,14 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from mmjax.report.markup import Markup, join, tag
 from mmjax.report.plot import swatch
 from mmjax.report.read import Run
 
 
-@dataclass(frozen=True)
-class Section:
+class Section(NamedTuple):
     """A part of the page: `key` is its address in the page, and what the notes of a run name it by."""
 
     key: str
