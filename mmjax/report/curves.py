@@ -27,7 +27,9 @@ def losses_and_metrics(runs: Sequence[Run]) -> Section:
             groups.setdefault(title, []).append(name)
     made = [plots(runs, title, metrics) for title, metrics in groups.items() if metrics]
     hint = tag("p", "Point at a plot to read its values at a step.", class_="hint")
-    return section(runs, "curves", "Losses and metrics", join(hint, made) if made else nothing("No metrics were logged."))
+    return section(
+        runs, "curves", "Losses and metrics", join(hint, made) if made else nothing("No metrics were logged.")
+    )
 
 
 def names_of(runs: Sequence[Run]) -> list[str]:

@@ -59,7 +59,9 @@ def line_plot(label: str, lines: Sequence[Line], may_be_log: bool = False) -> Ma
     y = _Scale(*_range(values if len(values) else np.zeros(1), log), FLOOR, TOP, log)
     drawn = [_line(line, x, y) for line in lines]
     box = f"0 0 {WIDTH} {HEIGHT}"
-    return tag("svg", _axes(x, y), drawn, _hover(lines, steps, x), viewBox=box, class_="plot", role="img", aria_label=label)
+    return tag(
+        "svg", _axes(x, y), drawn, _hover(lines, steps, x), viewBox=box, class_="plot", role="img", aria_label=label
+    )
 
 
 def thin(
@@ -67,7 +69,7 @@ def thin(
 ) -> Int[np.ndarray, " kept"]:
     """The places of the points that a plot of so many pixel columns needs, in order.
 
-    Of each column the smallest and the largest value stay, so that no spike vanishes; so do the first and the last point.
+    Of each column the smallest and the largest value stay, so that no spike vanishes, and the first and last point.
     """
     if len(steps) <= 2 * columns:
         return np.arange(len(steps))

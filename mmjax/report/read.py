@@ -65,6 +65,12 @@ class Run:
         """Tells a section of the page what is missing in it, or damaged."""
         self.notes.setdefault(section, []).append(text)
 
+    def evaluator(self, name: str) -> dict[str, Any]:
+        """An evaluator's entry in the config; {} where it has none."""
+        entries = self.config.get("evaluators")
+        entry = entries.get(name) if isinstance(entries, dict) else None
+        return entry if isinstance(entry, dict) else {}
+
     @property
     def step(self) -> int:
         """The last step that is known of."""

@@ -15,7 +15,7 @@ _LOWER = re.compile(
     r"(median|mean)_rank|loss|bits_per_byte|perplexity|error|(^|_)(ece|nll|brier|fid)(_|$)", re.IGNORECASE
 )
 _HIGHER = re.compile(
-    r"R@\d|mAP|precision|recall|top\d|accuracy|auc|exact_match|BLEU|ROUGE|CIDEr|(^|_)(score|f1)(_|$)"
+    r"R@\d|mAP|precision|recall|top\d|accuracy|auc|robustness|exact_match|BLEU|ROUGE|CIDEr|(^|_)(score|f1)(_|$)"
 )
 _ALIAS = re.compile(r"eval/[^/]+/(image|text)_retrieval_recall@5")  # other names of R@5
 
@@ -70,7 +70,7 @@ def _evaluator(runs: Sequence[Run], evaluator: str, names: Iterable[str]) -> lis
     """A row that names the evaluator and its steps, then one for each metric."""
     own = [name for name in names if name.startswith(f"eval/{evaluator}/")]
     steps = [max((int(run.metrics[n].steps[-1]) for n in own if n in run.metrics), default=None) for run in runs]
-    entries = [_entry(run, evaluator) for run in runs]
+    entries = [run.evaluator(evaluator) for run in runs]
     about = next((f" ({entry['kind']} on {entry.get('source')})" for entry in entries if "kind" in entry), "")
     title = join(tag("strong", evaluator), tag("span", about, class_="hint"))
     head = tag(
@@ -82,12 +82,6 @@ def _evaluator(runs: Sequence[Run], evaluator: str, names: Iterable[str]) -> lis
     return [head, *(_metric(runs, name, steps) for name in own)]
 
 
-def _entry(run: Run, evaluator: str) -> dict:
-    entries = run.config.get("evaluators")
-    entry = entries.get(evaluator) if isinstance(entries, dict) else None
-    return entry if isinstance(entry, dict) else {}
-
-
 def _metric(runs: Sequence[Run], name: str, steps: Sequence[int | None]) -> Markup:
     values = [_at(run, name, step) for run, step in zip(runs, steps, strict=True)]
     best = _best(values, direction(name))
@@ -96,7 +90,11 @@ def _metric(runs: Sequence[Run], name: str, steps: Sequence[int | None]) -> Mark
         text = "–" if value is None else number(value)
         wrong = value is not None and not np.isfinite(value)
         cells.append(
-            tag("td", tag("strong", text) if place in best else text, class_="best" if place in best else "bad" * wrong or None)
+            tag(
+                "td",
+                tag("strong", text) if place in best else text,
+                class_="best" if place in best else "bad" * wrong or None,
+            )
         )
     return row(join(name.split("/", 2)[2], arrow(name)), cells)
 
@@ -109,6 +107,6 @@ def _at(run: Run, name: str, step: int | None) -> float | None:
 def _best(values: Sequence[float | None], way: int) -> set[int]:
     """The places of the best of several values that are numbers."""
     known = {place: value * way for place, value in enumerate(values) if value is not None and np.isfinite(value)}
-    if not way or len(known) < 2:
+    if not way or len({*known.values()}) < 2:
         return set()
     return {place for place, value in known.items() if value == max(known.values())}

@@ -1,6 +1,7 @@
 """The sections of the configuration and of the environment."""
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -8,6 +9,13 @@ from mmjax.config import flatten
 from mmjax.report.markup import Markup, details, join, row, table, tag
 from mmjax.report.read import Run
 from mmjax.report.section import Section, nothing, run_titles, section
+
+# What one asks first of a run.
+_MAIN = re.compile(
+    r"seed|model\.(encoders\.\w+|fusion|decoder)\.(variant|width|depth|image_size|length|vocab_size|pooling)"
+    r"|objectives\.[^.]+\.(kind|weight)|streams\.[^.]+\.(source|split|batch_size)"
+    r"|optimizer\.(name|learning_rate|schedule|warmup|weight_decay|grad_clip_norm)|train\.(steps|examples|epochs|ema_decay)"
+)
 
 
 def configuration(runs: Sequence[Run]) -> Section:
@@ -24,8 +32,8 @@ def configuration(runs: Sequence[Run]) -> Section:
         table("The whole configuration", ["setting", *head], _rows(keys, configs, set(differing))),
     )
     if len(runs) == 1:
-        main = [row(title, [text]) for title, text in _main_settings(runs[0].config) if text]
-        first = table("The main settings", ["", *head], main)
+        main = [key for key in keys if _MAIN.fullmatch(key) and configs[0][key] not in (0, "", None)]
+        first = table("The main settings", ["setting", *head], _rows(main, configs, set()))
     elif differing:
         first = join(
             tag("p", f"Settings that differ: {len(differing)} of {len(keys)}.", class_="hint"),
@@ -64,33 +72,3 @@ def _rows(keys: Iterable[str], found: Sequence[dict[str, Any]], marked: set[str]
 
 def _text(value: Any) -> str:
     return value if isinstance(value, str) and value else json.dumps(value, ensure_ascii=False)
-
-
-def _main_settings(config: dict[str, Any]) -> list[tuple[str, str]]:
-    """What one asks first of a run, in words; a part that the config lacks is empty."""
-
-    def part(dotted: str) -> dict[str, Any]:
-        node: Any = config
-        for key in dotted.split("."):
-            node = node.get(key) if isinstance(node, dict) else None
-        return node if isinstance(node, dict) else {}
-
-    def entries(dotted: str) -> list[tuple[str, dict[str, Any]]]:
-        return [(name, entry) for name, entry in part(dotted).items() if isinstance(entry, dict)]
-
-    def pick(entry: dict[str, Any], *keys: str) -> str:
-        return ", ".join(f"{key.replace('_', ' ')} {_text(entry[key])}" for key in keys if entry.get(key))
-
-    tower = ("variant", "width", "depth", "heads", "image_size", "length", "vocab_size", "pooling")
-    return [
-        *((f"{name} encoder", pick(entry, *tower)) for name, entry in entries("model.encoders")),
-        *((name, pick(part(f"model.{name}"), "variant", "width", "depth", "heads")) for name in ("fusion", "decoder")),
-        ("objectives", "; ".join(f"{name}: {pick(entry, 'kind', 'weight')}" for name, entry in entries("objectives"))),
-        *((f"stream {name}", pick(entry, "source", "split", "batch_size")) for name, entry in entries("streams")),
-        (
-            "optimizer",
-            pick(part("optimizer"), "name", "learning_rate", "schedule", "warmup", "weight_decay", "grad_clip_norm"),
-        ),
-        ("training", pick(part("train"), "steps", "examples", "epochs", "microbatches", "ema_decay")),
-        ("seed", _text(config["seed"]) if "seed" in config else ""),
-    ]
