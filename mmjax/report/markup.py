@@ -13,7 +13,7 @@ class Markup(str):
     """Text that is HTML already."""
 
 
-def tag(name: str, *children, **attributes) -> Markup:
+def tag(name: str, /, *children, **attributes) -> Markup:
     """An element.
 
     Args:

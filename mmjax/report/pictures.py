@@ -92,7 +92,7 @@ def _picture(path: Path, alt: str, caption: Sequence, *more: Markup) -> Markup:
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         shown = nothing(f"{path.name} cannot be shown: {one_line(error)}".replace(str(path), path.name))
     else:
-        shown = tag("img", src=f"data:image/png;base64,{content}", alt=alt, width=width, height=height, loading="lazy")
+        shown = tag("img", src=f"data:image/png;base64,{content}", alt=alt, width=width, height=height)
     return tag("figure", shown, tag("figcaption", caption), *more)
 
 
