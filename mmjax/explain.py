@@ -24,12 +24,16 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, PyTree, UInt8
 from PIL import Image
 
+from mmjax import api
 from mmjax.api import Model, pixels_of
 from mmjax.data import image as image_ops
+from mmjax.data.pipeline import captions_of, decode_image
+from mmjax.data.sources import open_entry
 from mmjax.errors import UserError
 from mmjax.models import variants
 from mmjax.models.attention import ATTENTION, SHIFT
 from mmjax.models.multimodal import MultimodalModel, Text
+from mmjax.training.checkpoint import saved_steps
 
 Heat = Float[np.ndarray, "rows columns"]  # a number for each patch
 Tokens = list[tuple[str, float]]  # a text's tokens, each with a number
@@ -261,19 +265,44 @@ def overlay(
     return np.round((1 - strength) * grey + strength * (COOL + (WARM - COOL) * warmth)).astype(np.uint8)
 
 
-def save(folder: Path, texts: Sequence[str], found: Sequence[Explanation]) -> None:
-    """Writes of each pair NUMBER.png, the image beside its overlay, and NUMBER.json: the title, and the tokens with
-    their shares over the largest of them.
+def save(folder: Path, texts: Sequence[str], found: Sequence[Explanation], prefix: str = "") -> None:
+    """Writes of each pair PREFIX + NUMBER.png, the image beside its overlay, and the same .json: the title, and the
+    tokens with their shares over the largest of them.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for number, (text, each) in enumerate(zip(texts, found, strict=True)):
         shown = overlay(each.seen, each.image)
         plain = Image.fromarray(each.seen).resize(shown.shape[1::-1], Image.Resampling.BICUBIC)
-        Image.fromarray(np.concatenate([np.asarray(plain), shown], axis=1)).save(folder / f"{number}.png")
+        both = np.concatenate([np.asarray(plain), shown], axis=1)
+        Image.fromarray(both).save(folder / f"{prefix}{number}.png")
         top = max((weight for _, weight in each.text), default=0) or 1
         tokens = [[name, round(weight / top, 4)] for name, weight in each.text]
         content = {"title": f"{text} (cosine {each.similarity:.3f})", "tokens": tokens}
-        (folder / f"{number}.json").write_text(json.dumps(content, ensure_ascii=False) + "\n", "utf-8")
+        (folder / f"{prefix}{number}.json").write_text(json.dumps(content, ensure_ascii=False) + "\n", "utf-8")
+
+
+def save_of_run(workdir: Path, count: int = 6) -> None:
+    """Explains some held-out pairs of a run's first retrieval evaluator by its last checkpoint.
+
+    They are written into WORKDIR/eval/explanations, in place of those of an earlier checkpoint.
+
+    Raises:
+      UserError: the run has no checkpoint, no such evaluator, or no embeddings; or its data is not there.
+    """
+    folder, steps = workdir / "eval" / "explanations", saved_steps(workdir)
+    prefix = f"{max(steps, default=0):08d}-"
+    if steps and list(folder.glob(f"{prefix}*.json")):
+        return
+    entries = [entry for entry in api.load_config(workdir).evaluators.values() if entry.kind == "retrieval"]
+    if not entries:
+        raise UserError("the run has no retrieval evaluator, whose pairs would be explained")
+    model, source = api.load(workdir), open_entry(entries[0])
+    records = [source[int(place)] for place in np.linspace(0, len(source) - 1, min(count, len(source)))]
+    texts = [captions_of(record, entries[0].captions)[0] for record in records]
+    found = relevance(model, [decode_image(record) for record in records], texts)
+    for old in folder.glob("*"):
+        old.unlink()
+    save(folder, texts, found, prefix)
 
 
 def _check_pairs(images: Sequence[Any], *texts: Sequence[str] | None) -> None:

@@ -1,12 +1,14 @@
 """The separate eval loop, and the model that a run leaves behind."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 from PIL import Image
 
 import mmjax
+from mmjax import explain
 from mmjax.data import image as image_ops
 from mmjax.data.sources import open_source
 from mmjax.errors import UserError
@@ -132,6 +134,24 @@ def test_a_run_is_loaded_and_used_in_five_lines(followed, tmp_path):
     (tmp_path / "text.png").write_text("no image")
     with pytest.raises(UserError, match=r"text.png: 8 bytes cannot be decoded"):
         model.encode_image([tmp_path / "text.png"])
+
+
+@pytest.mark.slow
+def test_held_out_pairs_of_the_last_checkpoint_are_explained(followed, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(followed[0], workdir)
+    explain.save_of_run(workdir, count=3)
+    folder = workdir / "eval" / "explanations"
+    files = sorted(folder.iterdir())
+    assert [path.name for path in files] == [f"00000012-{n}.{kind}" for n in range(3) for kind in ("json", "png")]
+    source = open_source("openmoji:en", "test")
+    assert json.loads(files[0].read_text())["title"].startswith(source[0]["captions"]["en"][0])
+    before = [path.stat().st_mtime_ns for path in files]
+    explain.save_of_run(workdir)
+    assert [path.stat().st_mtime_ns for path in files] == before
+    shutil.rmtree(workdir / "checkpoints" / "12")
+    explain.save_of_run(workdir, count=1)
+    assert sorted(path.name for path in folder.iterdir()) == ["00000008-0.json", "00000008-0.png"]
 
 
 @pytest.mark.slow

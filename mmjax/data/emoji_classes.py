@@ -27,16 +27,11 @@ def plain(key: str) -> str:
     return "-".join(point for point in key.split("-") if point not in _WITHOUT_CLASS)
 
 
-def class_of(key: str) -> EmojiClass:
-    """The class of an emoji.
-
-    Args:
-      key: its code points in hexadecimal, joined by "-".
-
-    Raises:
-      KeyError: Emoji 17.0 has no such emoji.
+def class_of(key: str) -> EmojiClass | None:
+    """The class of an emoji, or None where Emoji 17.0 has no such one; `key` is its code points in hexadecimal, joined
+    by "-".
     """
-    return _table()[plain(key)]
+    return _table().get(plain(key))
 
 
 @functools.cache

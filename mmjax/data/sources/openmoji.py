@@ -49,5 +49,7 @@ class OpenMojiSource(ArrayRecordSource):
     def __getitem__(self, index: int) -> dict:
         record = super().__getitem__(index)
         found = emoji_classes.class_of(record["key"])
-        captions = record["captions"] | {name: [getattr(found, name)] for name in emoji_classes.NAMES}
-        return record | {"label": found.number, "captions": {group: captions[group] for group in self._groups}}
+        names = {name: [getattr(found, name)] if found else [] for name in emoji_classes.NAMES}
+        captions = record["captions"] | names
+        label = found.number if found else -1
+        return record | {"label": label, "captions": {group: captions[group] for group in self._groups}}
