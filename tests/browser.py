@@ -11,7 +11,11 @@ from typing import Any
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run")
-NETWORK = ("--disable-background-networking", "--disable-component-update", "--proxy-server=127.0.0.1:9")  # no one is there
+NETWORK = (
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--proxy-server=127.0.0.1:9",
+)  # no one is there
 
 
 class Browser:
