@@ -7,7 +7,7 @@ import numpy as np
 
 from mmjax.report.markup import Markup, details, join, tag
 from mmjax.report.plot import Line, line_plot, swatch
-from mmjax.report.read import Run
+from mmjax.report.read import Run, names_of
 from mmjax.report.results import arrow, is_alias
 from mmjax.report.section import Section, nothing, number, section
 
@@ -25,37 +25,32 @@ def losses_and_metrics(runs: Sequence[Run]) -> Section:
             parts = name.split("/")
             title = f"Evaluator {parts[1]}" if parts[0] == "eval" and len(parts) > 2 else "Others"
             groups.setdefault(title, []).append(name)
-    made = [plots(runs, title, metrics) for title, metrics in groups.items() if metrics]
-    hint = tag("p", "Point at a plot to read its values at a step.", class_="hint")
-    return section(
-        runs, "curves", "Losses and metrics", join(hint, made) if made else nothing("No metrics were logged.")
-    )
+    made = join(plots(runs, title, metrics) for title, metrics in groups.items())
+    hint = "Point at a plot to read its values at a step. What was reported of one step alone has no curve."
+    content = tag("p", hint, class_="hint") if names else nothing("No metrics were logged.")
+    return section(runs, "curves", "Losses and metrics", content, made)
 
 
-def names_of(runs: Sequence[Run]) -> list[str]:
-    """The metrics of any run, in the order in which they were first logged."""
-    return list(dict.fromkeys(name for run in runs for name in run.metrics))
-
-
-def plots(runs: Sequence[Run], title: str, names: Sequence[str]) -> Markup:
-    """Plots of metrics that changed; the others in a sentence."""
-    drawn, constant, once = [], [], 0
+def plots(runs: Sequence[Run], title: str, names: Sequence[str]) -> Markup | None:
+    """Plots of metrics that changed, the others in a sentence; None where all are of one step alone."""
+    drawn, constant = [], []
     for name in names:
         lines = [Line(place, run.name, run.metrics[name]) for place, run in enumerate(runs) if name in run.metrics]
         values = np.concatenate([line.series.values for line in lines])
         if all(len(line.series.steps) == 1 for line in lines):
-            once += 1
-        elif (values == values[0]).all():
+            continue
+        if (values == values[0]).all():
             constant.append(f"{_short(name)} = {number(float(values[0]))}")
         else:
             drawn.append(_figure(name, lines))
     hidden = drawn[FIRST_SHOWN:]
+    if not drawn and not constant:
+        return None
     return join(
         tag("h3", title),
         tag("div", drawn[:FIRST_SHOWN], class_="plots") if drawn else None,
         details(f"{len(hidden)} more", tag("div", hidden, class_="plots")) if hidden else None,
         tag("p", f"The same at every step: {', '.join(constant)}.", class_="hint") if constant else None,
-        tag("p", f"Reported of one step alone, so without a curve: {once}.", class_="hint") if once else None,
     )
 
 

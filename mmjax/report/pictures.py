@@ -15,31 +15,34 @@ from mmjax.report.section import Section, nothing, number, run_titles, section
 
 MOST_CLASSES = 10  # at either end of a table of classes; all of them are shown on demand
 _DRAWN = {
-    "retrieval": "captions and the images found for them, best first; the right ones are framed in green",
-    "captions": "held-out images with the captions written for them, green where right",
-    "robustness": "an image as it is, and corrupted at severities 1 to 5",
+    "retrieval": "Captions and the images found for them, best first; the right ones are framed in green",
+    "captions": "Held-out images with the captions written for them, green where right",
+    "robustness": "An image as it is, and corrupted at severities 1 to 5",
 }
 
 
 def pictures(runs: Sequence[Run]) -> Section:
     """What evaluators drew, but for what is about classes."""
     names = sorted({name for run in runs for name in run.pictures if not _is_of_classes(runs, name)})
-    content = _drawn(runs, names) if names else nothing("No evaluator has drawn a picture: contact_sheet is not set.")
+    made = []
+    for name in names:
+        about = next((_DRAWN[kind] for run in runs if (kind := run.evaluator(name).get("kind")) in _DRAWN), "Drawing")
+        made.append(join(tag("h3", name), tag("p", about, ".", class_="hint"), _drawn(runs, name, about)))
+    content = made or nothing("No evaluator has drawn a picture: contact_sheet is not set.")
     return section(runs, "pictures", "Answers", content)
 
 
 def classes(runs: Sequence[Run]) -> Section:
     """How many images of each class are right, and the pictures of the same evaluators."""
+    hint = tag("p", "Recall: the share of a class's images that are right.", class_="hint")
     made = []
     for name in sorted({name for run in runs for name in run.classes}):
-        parts = [
-            tag("div", tag("h4", title, f", step {run.classes[name].step:,}"), _recalls(run, name), class_="part")
-            for run, title in zip(runs, run_titles(runs), strict=True)
-            if name in run.classes
-        ]
-        drawn = [each for each in (name, f"reliability-{name}") if any(each in run.pictures for run in runs)]
-        made.append(join(tag("h3", name), tag("div", parts, class_="parts"), _drawn(runs, drawn, "h4")))
-    hint = tag("p", "Recall: the share of a class's images that are right.", class_="hint")
+        titled = zip(runs, run_titles(runs), strict=True)
+        tables = [_recalls(run, name, title) for run, title in titled if name in run.classes]
+        made.append(join(tag("h3", name), tag("div", tables, class_="parts")))
+        for picture, about in ((name, "Confusion matrix"), (f"reliability-{name}", "Reliability diagram")):
+            if any(picture in run.pictures for run in runs):
+                made.append(join(tag("h4", about), _drawn(runs, picture, about)))
     content = join(hint, made) if made else nothing("No evaluator has told classes apart.")
     return section(runs, "classes", "Classes", content)
 
@@ -66,20 +69,16 @@ def _is_of_classes(runs: Sequence[Run], name: str) -> bool:
     return any(name.removeprefix("reliability-") in run.classes for run in runs)
 
 
-def _drawn(runs: Sequence[Run], names: Sequence[str], level: str = "h3") -> list[Markup]:
-    """The pictures of some evaluators, each evaluator's side by side."""
-    made = []
-    for name in names:
-        kinds = [run.evaluator(name).get("kind") for run in runs]
-        about = next((_DRAWN[kind] for kind in kinds if kind in _DRAWN), "picture of an evaluator")
-        found = [
-            _picture(run.pictures[name].path, f"{name}: {about}", [title, f", step {run.pictures[name].step:,}"])
-            for run, title in zip(runs, run_titles(runs), strict=True)
-            if name in run.pictures
-        ]
-        told = tag("p", about.capitalize(), ".", class_="hint") if any(kind in _DRAWN for kind in kinds) else None
-        made.append(join(tag(level, name), told, tag("div", found, class_="pictures")))
-    return made
+def _drawn(runs: Sequence[Run], name: str, about: str) -> Markup:
+    """The pictures of an evaluator, side by side."""
+    found = [
+        _picture(
+            run.pictures[name].path, f"{name} of {run.name}: {about}", [title, f", step {run.pictures[name].step:,}"]
+        )
+        for run, title in zip(runs, run_titles(runs), strict=True)
+        if name in run.pictures
+    ]
+    return tag("div", found, class_="pictures")
 
 
 def _picture(path: Path, alt: str, caption: Sequence, *more: Markup) -> Markup:
@@ -96,26 +95,27 @@ def _picture(path: Path, alt: str, caption: Sequence, *more: Markup) -> Markup:
     return tag("figure", shown, tag("figcaption", caption), *more)
 
 
-def _recalls(run: Run, name: str) -> Markup | None:
+def _recalls(run: Run, name: str, title: Markup) -> Markup:
     """The classes with the lowest and the highest recall, and all of them on demand."""
+    of_step = join(title, f", step {run.classes[name].step:,}: ")
     found = sorted(read_classes(run, run.classes[name].path), key=lambda each: (each[2], -each[1], each[0]))
-    if not found:
-        return None
     if len(found) <= 2 * MOST_CLASSES:
-        return _table("All classes, lowest recall first", found)
-    return join(
-        _table(f"The {MOST_CLASSES} lowest of {len(found):,}", found[:MOST_CLASSES]),
-        _table(f"The {MOST_CLASSES} highest", found[: -MOST_CLASSES - 1 : -1]),
-        details(f"All {len(found):,} classes", _table("All classes, lowest recall first", found, bars=False)),
-    )
+        return _table(join(of_step, f"all {len(found)}, lowest recall first"), found)
+    highest = sorted(found, key=lambda each: (-each[2], -each[1], each[0]))[:MOST_CLASSES]
+    whole = details(f"All {len(found):,} classes", _table(None, found, bars=False))
+    lowest = _table(join(of_step, f"the {MOST_CLASSES} lowest of {len(found):,}"), found[:MOST_CLASSES], more=whole)
+    return join(lowest, _table(join(of_step, f"the {MOST_CLASSES} highest"), highest))
 
 
-def _table(title: str, found: Sequence[tuple[str, int, float]], bars: bool = True) -> Markup:
+def _table(
+    title: Markup | None, found: Sequence[tuple[str, int, float]], bars: bool = True, more: Markup | None = None
+) -> Markup:
     rows = [
         row(name, [f"{images:,}", tag("td", number(recall), share_bar(recall) if bars else None)])
         for name, images, recall in found
     ]
-    return table(title, [title, "images", "recall"], rows, "numbers")
+    made = table("Recall by class", ["class", "images", "recall"], rows, "numbers")
+    return tag("div", title and tag("h4", title), made, more, class_="part")
 
 
 def _explanation(run: Run, path: Path) -> Markup:

@@ -156,7 +156,7 @@ def _axes(x: _Scale, y: _Scale) -> Markup:
         grid.append(f"M{place} {FLOOR}v4")
         anchor = "end" if float(x(tick)) > WIDTH - RIGHT - 12 else "middle"
         labels.append(tag("text", _short(tick), x=place, y=FLOOR + 15, text_anchor=anchor))
-    title = "step (logarithmic axis of values)" if y.log else "step"
+    title = "step (values on a log axis)" if y.log else "step"
     labels.append(tag("text", title, x=(LEFT + WIDTH - RIGHT) // 2, y=HEIGHT - 4, text_anchor="middle"))
     frame = tag("path", class_="axis", d=f"M{LEFT} {TOP}V{FLOOR}H{WIDTH - RIGHT}")
     return join(tag("path", class_="grid", d="".join(grid)), frame, labels)

@@ -93,6 +93,11 @@ def read_runs(workdirs: Sequence[Path]) -> list[Run]:
     return [read_run(path, "/".join(place.parts[-parts:])) for path, place in zip(workdirs, places, strict=True)]
 
 
+def names_of(runs: Sequence[Run]) -> list[str]:
+    """The metrics of any run, in the order in which they were first logged."""
+    return list(dict.fromkeys(name for run in runs for name in run.metrics))
+
+
 def read_run(workdir: Path, name: str) -> Run:
     """Reads a run.
 

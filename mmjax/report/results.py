@@ -1,12 +1,12 @@
 """The section of results, and what is known of the metrics: whether more of them is better."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from mmjax.report.markup import Markup, join, row, table, tag
-from mmjax.report.read import Run
+from mmjax.report.read import Run, names_of
 from mmjax.report.section import Section, nothing, number, run_titles, section
 
 # Searched for in this order in a metric's name; what none of them knows has no best.
@@ -46,57 +46,44 @@ def is_alias(name: str) -> bool:
 
 def results(runs: Sequence[Run]) -> Section:
     """Every evaluator's metrics at the last step that it reported of, a run a column, the best of each row in bold."""
-    names = [name for name in dict.fromkeys(name for run in runs for name in run.metrics) if _of_evaluator(name)]
-    evaluators = dict.fromkeys(name.split("/")[1] for name in names)
-    rows = [made for evaluator in evaluators for made in _evaluator(runs, evaluator, names)]
-    if not rows:
+    names = [name for name in names_of(runs) if _of_evaluator(name)]
+    if not names:
         return section(runs, "results", "Results", nothing("No evaluator has reported anything."))
     never = [run.name for run in runs if not any(map(_of_evaluator, run.metrics))]
     told = [nothing(f"{name}: no evaluator has reported anything.") for name in never]
-    hint = "Each evaluator's metrics at the last step that it reported of."
-    if len(runs) > 1:
-        hint += " The best of a row is bold; ↑ and ↓ say which way is better."
-    head = ["metric", *run_titles(runs)]
-    return section(
-        runs, "results", "Results", tag("p", hint, class_="hint"), told, table("Results", head, rows, "numbers results")
-    )
+    hint = "Each evaluator's metrics at the last step that it reported of; ↑ and ↓ say which way is better."
+    hint += " The best of a row is bold." if len(runs) > 1 else ""
+    evaluators = dict.fromkeys(name.split("/")[1] for name in names)
+    tables = [_evaluator(runs, each, [n for n in names if n.startswith(f"eval/{each}/")]) for each in evaluators]
+    made = tag("div", tables, class_="results" if len(runs) > 2 else "results narrow")
+    return section(runs, "results", "Results", tag("p", hint, class_="hint"), told, made)
 
 
 def _of_evaluator(name: str) -> bool:
     return name.startswith("eval/") and name.count("/") >= 2 and not is_alias(name)
 
 
-def _evaluator(runs: Sequence[Run], evaluator: str, names: Iterable[str]) -> list[Markup]:
-    """A row that names the evaluator and its steps, then one for each metric."""
-    own = [name for name in names if name.startswith(f"eval/{evaluator}/")]
-    steps = [max((int(run.metrics[n].steps[-1]) for n in own if n in run.metrics), default=None) for run in runs]
+def _evaluator(runs: Sequence[Run], evaluator: str, names: Sequence[str]) -> Markup:
+    """An evaluator's title and table."""
+    steps = [max((int(run.metrics[n].steps[-1]) for n in names if n in run.metrics), default=None) for run in runs]
     entries = [run.evaluator(evaluator) for run in runs]
-    about = next((f" ({entry['kind']} on {entry.get('source')})" for entry in entries if "kind" in entry), "")
-    title = join(tag("strong", evaluator), tag("span", about, class_="hint"))
-    head = tag(
-        "tr",
-        tag("th", title, scope="row"),
-        [tag("td", f"step {step:,}" if step is not None else "–") for step in steps],
-        class_="group",
-    )
-    return [head, *(_metric(runs, name, steps) for name in own)]
+    about = next((f" {entry['kind']} on {entry.get('source')}" for entry in entries if "kind" in entry), None)
+    rows = [row("step", ["–" if step is None else f"{step:,}" for step in steps], "hint")]
+    rows += [row(join(name.split("/", 2)[2], arrow(name)), _cells(runs, name, steps)) for name in names]
+    made = table(evaluator, ["metric", *run_titles(runs)], rows, "numbers")
+    return tag("div", tag("h3", evaluator, about and tag("span", about, class_="about")), made, class_="block")
 
 
-def _metric(runs: Sequence[Run], name: str, steps: Sequence[int | None]) -> Markup:
+def _cells(runs: Sequence[Run], name: str, steps: Sequence[int | None]) -> list[Markup]:
     values = [_at(run, name, step) for run, step in zip(runs, steps, strict=True)]
-    best = _best(values, direction(name))
-    cells = []
+    best, cells = _best(values, direction(name)), []
     for place, value in enumerate(values):
         text = "–" if value is None else number(value)
-        wrong = value is not None and not np.isfinite(value)
-        cells.append(
-            tag(
-                "td",
-                tag("strong", text) if place in best else text,
-                class_="best" if place in best else "bad" * wrong or None,
-            )
-        )
-    return row(join(name.split("/", 2)[2], arrow(name)), cells)
+        if place in best:
+            cells.append(tag("td", tag("strong", text), class_="best"))
+        else:
+            cells.append(tag("td", text, class_="bad" if value is not None and not np.isfinite(value) else None))
+    return cells
 
 
 def _at(run: Run, name: str, step: int | None) -> float | None:

@@ -35,10 +35,10 @@ def configuration(runs: Sequence[Run]) -> Section:
         main = [key for key in keys if _MAIN.fullmatch(key) and configs[0][key] not in (0, "", None)]
         first = table("The main settings", ["setting", *head], _rows(main, configs, set()))
     elif differing:
-        first = join(
-            tag("p", f"Settings that differ: {len(differing)} of {len(keys)}.", class_="hint"),
-            table("Settings that differ", ["setting", *head], _rows(differing, configs, set())),
-        )
+        hint = tag("p", f"Settings that differ: {len(differing)} of {len(keys)}.", class_="hint")
+        shown = [_with_parts(config, configs, differing) for config in configs]
+        rows = _rows(dict.fromkeys(key for each in shown for key in each), shown, set())
+        first = join(hint, table("Settings that differ", ["setting", *head], rows))
     else:
         first = tag("p", "All runs have the same configuration.")
     return section(runs, "configuration", "Configuration", missing, first, everything)
@@ -57,6 +57,20 @@ def environment(runs: Sequence[Run]) -> Section:
     differing = {key for key in keys if _differs([each.get(key) for each in found if each])}
     made = table("Environment", ["", *run_titles(runs)], _rows(keys, found, differing)) if keys else None
     return section(runs, "environment", "Environment", missing, made)
+
+
+def _with_parts(config: dict[str, Any], configs: Sequence[dict[str, Any]], keys: Sequence[str]) -> dict[str, Any]:
+    """Some settings; those of a part that a run lacks, such as `objectives.captioning`, are one, and told in words."""
+    parts = [{".".join(key.split(".")[:2]) for key in each} for each in configs]
+    found: dict[str, Any] = {}
+    for key in filter(config.__contains__, keys):
+        part, rest = ".".join(key.split(".")[:2]), ".".join(key.split(".")[2:])
+        if not rest or all(part in each for each in parts):
+            found[key] = config[key]
+        elif config[key] or part not in found:
+            words = f"{rest.replace('_', ' ')} {_text(config[key])}"
+            found[part] = f"{found[part]}, {words}" if part in found else words
+    return found
 
 
 def _differs(values: Sequence[Any]) -> bool:

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mmjax.report.curves import names_of, plots
+from mmjax.report.curves import plots
 from mmjax.report.markup import Markup, join, row, table, tag
 from mmjax.report.plot import stacked_bar
-from mmjax.report.read import Run
+from mmjax.report.read import Run, names_of
 from mmjax.report.section import Section, nothing, number, run_titles, section
 
 _SPEED = {
@@ -34,9 +34,9 @@ def speed(runs: Sequence[Run]) -> Section:
     head = ["", *run_titles(runs)]
     speeds = table("Speed", head, rows, "numbers") if rows else nothing("No step's speed was measured.")
     names = [name for name in names_of(runs) if name.startswith("perf/") and name != "perf/first_step_seconds"]
-    over_time = plots(runs, "Speed over the steps", names) if names else None
     titles = tag("h3", "Wall time of all sessions"), tag("h3", "Speed")
-    return section(runs, "speed", "Goodput and speed", titles[0], time, titles[1], speeds, over_time)
+    made = (titles[0], time, titles[1], speeds, plots(runs, "Speed over the steps", names))
+    return section(runs, "speed", "Goodput and speed", *made)
 
 
 def _measured(run: Run, name: str, measure) -> str:
