@@ -4,9 +4,10 @@ Only `tag` makes markup, and it escapes whatever is not markup already: a name o
 """
 
 import html
+import re
 from collections.abc import Iterable, Sequence
 
-_EMPTY = {"meta", "link", "img"}  # HTML elements without an end tag
+_EMPTY = {"meta", "link", "img", "wbr"}  # HTML elements without an end tag
 
 
 class Markup(str):
@@ -33,6 +34,12 @@ def tag(name: str, /, *children, **attributes) -> Markup:
 def join(*children) -> Markup:
     """Children of an element without the element."""
     return Markup(_content(children))
+
+
+def breakable(name: str) -> Markup:
+    """A dotted or underscored name, which a narrow page may break after these."""
+    *parts, last = re.split(r"(?<=[._/])(?=.)", name)
+    return join([[part, tag("wbr")] for part in parts], last)
 
 
 def _content(children: Iterable) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mmjax.report.markup import Markup, join, row, table, tag
+from mmjax.report.markup import Markup, breakable, join, row, table, tag
 from mmjax.report.read import Run, names_of
 from mmjax.report.section import Section, nothing, number, run_titles, section
 
@@ -69,7 +69,7 @@ def _evaluator(runs: Sequence[Run], evaluator: str, names: Sequence[str]) -> Mar
     entries = [run.evaluator(evaluator) for run in runs]
     about = next((f" {entry['kind']} on {entry.get('source')}" for entry in entries if "kind" in entry), None)
     rows = [row("step", ["–" if step is None else f"{step:,}" for step in steps], "hint")]
-    rows += [row(join(name.split("/", 2)[2], arrow(name)), _cells(runs, name, steps)) for name in names]
+    rows += [row(join(breakable(name.split("/", 2)[2]), arrow(name)), _cells(runs, name, steps)) for name in names]
     made = table(evaluator, ["metric", *run_titles(runs)], rows, "numbers")
     return tag("div", tag("h3", evaluator, about and tag("span", about, class_="about")), made, class_="block")
 

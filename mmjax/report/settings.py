@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from mmjax.config import flatten
-from mmjax.report.markup import Markup, details, join, row, table, tag
+from mmjax.report.markup import Markup, breakable, details, join, row, table, tag
 from mmjax.report.read import Run
 from mmjax.report.section import Section, nothing, run_titles, section
 
@@ -79,7 +79,11 @@ def _differs(values: Sequence[Any]) -> bool:
 
 def _rows(keys: Iterable[str], found: Sequence[dict[str, Any]], marked: set[str]) -> list[Markup]:
     return [
-        row(key, [_text(each[key]) if key in each else "–" for each in found], "differs" if key in marked else None)
+        row(
+            breakable(key),
+            [_text(each[key]) if key in each else "–" for each in found],
+            "differs" if key in marked else None,
+        )
         for key in keys
     ]
 
