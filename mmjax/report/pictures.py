@@ -1,7 +1,6 @@
 """The sections of what evaluators drew, of classes, and of explanations."""
 
 import base64
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -49,7 +48,7 @@ def classes(runs: Sequence[Run]) -> Section:
 
 def explanations(runs: Sequence[Run]) -> Section | None:
     """What models looked at, with the weights of their texts' tokens; None where no run has any."""
-    found = [sorted((run.path / "eval/explanations").glob("*.png"), key=_numbered) for run in runs]
+    found = [sorted((run.path / "eval/explanations").glob("*.png"), key=_by_number) for run in runs]
     if not any(found):
         return None
     hint = "The warmer a patch and the darker a token, the more the similarity of image and text rests on it."
@@ -61,8 +60,8 @@ def explanations(runs: Sequence[Run]) -> Section | None:
     return section(runs, "explanations", "Explanations", tag("p", hint, class_="hint"), made)
 
 
-def _numbered(path: Path) -> tuple:
-    return (int(path.stem) if path.stem.isdecimal() else math.inf, path.name)
+def _by_number(path: Path) -> tuple[int, str]:
+    return len(path.name), path.name
 
 
 def _is_of_classes(runs: Sequence[Run], name: str) -> bool:
