@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 from html.parser import HTMLParser
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -132,8 +131,8 @@ def test_the_page_is_whole_and_asks_for_nothing(run):
     assert policy.startswith("default-src 'none'; img-src data:;") and f"'sha256-{digest}'" in policy
     assert "unsafe" not in policy and not any("style" in a for _, a in page.elements)
     assert all(attributes.get("alt") for attributes in page.all("img")) and len(page.all("img")) == 3
-    for told in ("finished in 12 s", "40 of 40", "a red fox", "class, 29 of test", "There is no", "75.0%", "step 40"):
-        assert told in page.text or told == "There is no", told
+    for told in ("finished in 12 s", "40 of 40", "a red fox", "class, 29 of test", "75.0%", "step 40"):
+        assert told in page.text
 
 
 def test_the_same_runs_give_the_same_bytes(run, tmp_path):
@@ -158,7 +157,7 @@ def test_a_comparison_marks_the_best_and_shows_what_differs(tmp_path):
     assert row_of(text, "text_to_image_mean_rank ↓") == ["<strong>1.5</strong>", "2", "NaN"]
     assert row_of(text, "text_to_image_R@1 ↑") == ["<strong>0.6667</strong>", "0.5", "NaN"]
     assert row_of(text, "best checkpoint")[2] == "step 20: eval/test/text_to_image_mean_rank 3"
-    assert "Settings that differ: 1 of 6." in text
+    assert "Settings that differ: 1 of 7." in text
     assert re.findall("<td>(.*?)</td>", text[text.index("Settings that differ") :])[:3] == ["0.5", "0.9", "0.5"]
     assert "diverged: 1 values are not finite, the first at step 40." in text
     _, text = page_of(make_run(tmp_path / "a"), make_run(tmp_path / "b"))
@@ -191,60 +190,65 @@ def test_nothing_in_a_run_becomes_an_element(tmp_path):
     assert not any(key.startswith("on") for _, attributes in page.elements for key in attributes)
 
 
-def damage(name):
-    """Functions that damage a run, and what the page says then."""
+def cut(file, kept):
+    def do(run):
+        content = (run / file).read_bytes()
+        (run / file).write_bytes(content[: int(len(content) * kept)])
 
-    def cut(file):
-        return lambda run: (run / file).write_bytes((run / file).read_bytes()[:-20])
-
-    def write(file, content):
-        return lambda run: (run / file).write_text(content)
-
-    def remove(*files):
-        return lambda run: [shutil.rmtree(run / f) if (run / f).is_dir() else (run / f).unlink() for f in files]
-
-    return {
-        "a line that was cut short": (cut("metrics.jsonl"), "damaged lines left out: 1"),
-        "lines that are no metrics": (
-            write("metrics.jsonl", '[1]\n{"step": "x"}\n\x00\n7\n'),
-            "damaged lines left out: 4",
-        ),
-        "a metric that is no number": (write("metrics.jsonl", '{"step": 1, "a": "b"}\n'), "values left out"),
-        "values beyond all numbers": (
-            write("metrics.jsonl", '{"step": 1, "a": 1e999}\n{"step": 2, "a": 1e308}\n'),
-            "∞",
-        ),
-        "no metrics": (remove("metrics.jsonl", "eval"), "without any metrics"),
-        "not finished": (remove("result.json"), "not finished"),
-        "never evaluated": (write("metrics.jsonl", '{"step": 3, "train/loss": 1.5}\n'), "40"),
-        "no evaluation at all": (remove("eval", "metrics.jsonl", "pictures"), "No evaluator has reported anything."),
-        "no pictures": (remove("pictures"), "No evaluator has drawn a picture"),
-        "no classes": (remove("eval"), "No evaluator has told classes apart."),
-        "no config": (remove("config.json"), "there is no config.json that can be read"),
-        "a config that was cut short": (cut("config.json"), "config.json is damaged"),
-        "a config that is a list": (write("config.json", "[1]"), "config.json is damaged: it holds no JSON object"),
-        "a config of other things": (write("config.json", '{"evaluators": 3, "train": [1]}'), "evaluators"),
-        "a time.json that was cut short": (cut("time.json"), "There is no account of the wall time."),
-        "negative seconds": (write("time.json", '{"seconds": {"steps": -1}}'), "There is no account of the wall time."),
-        "no environment": (lambda run: None, "there is no environment.json"),
-        "a picture that was cut short": (cut("pictures/test-00000040.png"), "cannot be shown"),
-        "a picture that is none": (write("eval/pictures/names-00000040.png", "x"), "cannot be shown"),
-        "a table of classes that was cut short": (
-            write("eval/pictures/names-00000040.csv", "class,images,recall\na,1,0.5\nb"),
-            "damaged rows left out: 1",
-        ),
-        "a table without rows": (write("eval/pictures/names-00000040.csv", ""), "it has no rows"),
-        "tokens that are none": (write("eval/explanations/00000040-0.json", '{"tokens": [1]}'), "no pairs of a text"),
-        "a checkpoint marked as best": (write("eval/best.json", '{"step": 20, "x": 0.5}'), "step 20: x 0.5"),
-    }[name]
+    return do
 
 
-DAMAGES = re.findall(r'^        "([^"]+)": \(', Path(__file__).read_text(), re.MULTILINE)
+def write(file, content):
+    return lambda run: (run / file).write_text(content)
 
 
-@pytest.mark.parametrize("name", DAMAGES)
-def test_what_is_missing_or_damaged_is_told_in_its_place(run, name):
-    do, told = damage(name)
+def remove(*files):
+    return lambda run: [shutil.rmtree(run / file) if (run / file).is_dir() else (run / file).unlink() for file in files]
+
+
+def interrupt(run):
+    remove("result.json", "eval", "pictures", "time.json")(run)
+    write("metrics.jsonl", '{"step": 3, "train/loss": 1.5}\n{"step": 4, "train')(run)
+
+
+TABLE, TOKENS, PICTURE = (
+    "eval/pictures/names-00000040.csv",
+    "eval/explanations/00000040-0.json",
+    "pictures/test-00000040.png",
+)
+DAMAGES = [  # and what the page says then
+    (interrupt, "3 of 40"),
+    (interrupt, "not finished: interrupted, or still running"),
+    (interrupt, "No evaluator has reported anything."),
+    (interrupt, "No evaluator has drawn a picture"),
+    (interrupt, "No evaluator has told classes apart."),
+    (interrupt, "There is no account of the wall time."),
+    (interrupt, "metrics.jsonl: damaged lines left out: 1"),
+    (remove("metrics.jsonl", "result.json", "eval"), "without any metrics"),
+    (remove("metrics.jsonl", "result.json", "eval"), "No metrics were logged."),
+    (write("metrics.jsonl", '[1]\n{"step": "x"}\n\x00\n7\n'), "damaged lines left out: 4"),
+    (write("metrics.jsonl", '{"step": 1, "a": "b"}\n'), "values left out that are no numbers: 1"),
+    (write("metrics.jsonl", '{"step": 1, "a": 1e999}\n{"step": 2, "a": 1e308}\n'), "2 values are not finite"),
+    (write("metrics.jsonl", '{"step": 1, "a": NaN}\n{"step": 2, "a": NaN}\n'), "2 values are not finite"),
+    (remove("config.json"), "there is no config.json that can be read"),
+    (cut("config.json", 0.5), "config.json is damaged"),
+    (write("config.json", "[1]"), "config.json is damaged: it holds no JSON object"),
+    (write("config.json", '{"evaluators": 3, "train": [1]}'), "evaluators"),
+    (cut("time.json", 0.5), "time.json is damaged"),
+    (write("time.json", '{"seconds": {"steps": -1}}'), "There is no account of the wall time."),
+    (lambda run: None, "there is no environment.json"),
+    (cut(PICTURE, 0.5), "cannot be shown"),
+    (write(PICTURE, "x"), "cannot be shown"),
+    (write(TABLE, "class,images,recall\na,1,0.5\nb"), "damaged rows left out: 1"),
+    (write(TABLE, ""), "it has no rows"),
+    (write(TOKENS, '{"tokens": [1]}'), "its tokens are no pairs of a text and a weight"),
+    (remove(TOKENS), "00000040-0"),
+    (write("eval/best.json", '{"step": 20, "x": 0.5}'), "step 20: x 0.5"),
+]
+
+
+@pytest.mark.parametrize("do, told", DAMAGES)
+def test_what_is_missing_or_damaged_is_told_in_its_place(run, do, told):
     do(run)
     page, _ = page_of(run)
     assert told in page.text
