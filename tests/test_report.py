@@ -111,7 +111,11 @@ def page_of(*folders):
 
 def row_of(text, title):
     """The cells of the row with this title, as they are written."""
-    rows = [each for each in re.findall("<tr.*?</tr>", text) if re.sub("<.*?>", "", each).startswith(title)]
+    rows = [
+        each
+        for each in re.findall("<tr.*?</tr>", text)
+        if re.sub("<.*?>", "", each).replace("\u00a0", " ").startswith(title)
+    ]
     assert len(rows) == 1, rows
     return re.findall("<td.*?>(.*?)</td>", rows[0])
 

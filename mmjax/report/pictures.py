@@ -25,8 +25,9 @@ def pictures(runs: Sequence[Run]) -> Section:
     names = sorted({name for run in runs for name in run.pictures if not _is_of_classes(runs, name)})
     made = []
     for name in names:
-        about = next((_DRAWN[kind] for run in runs if (kind := run.evaluator(name).get("kind")) in _DRAWN), "Drawing")
-        made.append(join(tag("h3", name), tag("p", about, ".", class_="hint"), _drawn(runs, name, about)))
+        about = next((_DRAWN[kind] for run in runs if (kind := run.evaluator(name).get("kind")) in _DRAWN), None)
+        hint = about and tag("p", about, ".", class_="hint")
+        made.append(join(tag("h3", name), hint, _drawn(runs, name, about or "picture of an evaluator")))
     content = made or nothing("No evaluator has drawn a picture: contact_sheet is not set.")
     return section(runs, "pictures", "Answers", content)
 

@@ -36,7 +36,7 @@ def arrow(name: str) -> Markup | None:
     if not way:
         return None
     words = "higher is better" if way > 0 else "lower is better"
-    return tag("span", " ↑" if way > 0 else " ↓", class_="way", role="img", title=words, aria_label=words)
+    return tag("span", "\u00a0↑" if way > 0 else "\u00a0↓", class_="way", role="img", title=words, aria_label=words)
 
 
 def is_alias(name: str) -> bool:
