@@ -4,17 +4,17 @@ A metric is named `system/what_unit` or `task/system_over_peer`; its value is on
 """
 
 import argparse
-import importlib.metadata
 import importlib.util
 import json
 import os
-import platform
 import sys
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+
+from mmjax.environment import machine_and_versions
 
 PACKAGES = {
     "jax": "jax",
@@ -66,28 +66,7 @@ def write_json(path: str | Path, metrics: Mapping[str, float]) -> None:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**metrics, "environment": environment()}, indent=2) + "\n")
-
-
-def environment() -> dict[str, str | int]:
-    """The machine, its cores, Python, and the versions of those of `PACKAGES` that are installed."""
-    found = {"machine": _processor(), "cores": os.cpu_count() or 1, "python": platform.python_version()}
-    for name, distribution in PACKAGES.items():
-        try:
-            found[name] = importlib.metadata.version(distribution)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def _processor() -> str:
-    """The processor's name where the system tells it, else its architecture."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{platform.system()} {platform.machine()} {names[0] if names else platform.processor()}".strip()
+    path.write_text(json.dumps({**metrics, "environment": machine_and_versions(PACKAGES)}, indent=2) + "\n")
 
 
 def _readable(value: float) -> str:

@@ -5,6 +5,7 @@
     python -m mmjax.evaluate --workdir=runs/quickstart --follow
     python -m mmjax.evaluate --workdir=runs/quickstart --all --evaluators=configs/quickstart.py:languages=all
     python -m mmjax.evaluate --init=runs/quickstart/checkpoints/400 --evaluators=configs/quickstart.py --out=found
+    python -m mmjax.evaluate --workdir=runs/quickstart,runs/other --report
 
 It runs the evaluators of the run's own config, or those of another recipe, and writes into WORKDIR/eval/:
 metrics.jsonl, TensorBoard events and pictures. It writes nothing else. With --all it evaluates
@@ -12,6 +13,8 @@ every checkpoint that is there, with --follow also every new one until the run i
 reported of a checkpoint before, it does not repeat. Where `train.best_metric` is set, the trainer keeps the
 checkpoint that is best by what was found here. With --init it evaluates whatever `mmjax.load` loads, and writes
 into the folder --out alone. On several hosts, start it in every process, as `mmjax.main`.
+With --report it evaluates nothing: it shows what is in the workdirs in one HTML page, which needs no other file, in
+eval/ of the first of them or in --out.
 Exit codes: 0 done, 2 a mistake in the flags, 130 stopped by Ctrl-C.
 """
 
@@ -29,29 +32,34 @@ from mmjax import cli
 from mmjax import config as configs
 from mmjax.errors import UserError
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "the folder of the run")
+_WORKDIR = flags.DEFINE_string("workdir", None, "the folder of the run; with --report of several, A,B,C")
 _INIT = flags.DEFINE_string("init", None, "a model in place of a run: whatever `mmjax.load` loads")
-_OUT = flags.DEFINE_string("out", None, "with --init, the folder for what is found")
+_OUT = flags.DEFINE_string("out", None, "with --init, the folder for what is found; with --report, for the page")
 _STEP = flags.DEFINE_integer("step", None, "which checkpoint; the latest by default")
 _ALL = flags.DEFINE_bool("all", False, "every checkpoint that is there, where it was not evaluated before")
 _FOLLOW = flags.DEFINE_bool("follow", False, "the same, and wait for new checkpoints until the run is finished")
 _EVALUATORS = flags.DEFINE_string("evaluators", None, "take those of this recipe, FILE.py or FILE.py:ARGUMENT")
+_REPORT = flags.DEFINE_bool("report", False, "evaluate nothing: write a page that shows what is in the workdirs")
 flags.DEFINE_bool("debug", False, "show tracebacks and the libraries' own messages")
 
 POLL_SECONDS = 2.0
 EXCLUSIVE = [("init", other) for other in ("workdir", "all", "follow")]
 EXCLUSIVE += [("all", "step"), ("follow", "step")]
+EXCLUSIVE += [("report", other) for other in ("init", "step", "all", "follow", "evaluators")]
 
 
 def main() -> int:
     """Evaluates as the flags say; returns the exit code."""
     several = _FOLLOW.value or _ALL.value
-    given = [flag.name for flag in (_WORKDIR, _INIT, _STEP, _ALL, _FOLLOW) if flag.value not in (None, False)]
+    all_flags = (_WORKDIR, _INIT, _STEP, _ALL, _FOLLOW, _EVALUATORS, _REPORT)
+    given = [flag.name for flag in all_flags if flag.value not in (None, False)]
     for one, other in EXCLUSIVE:
         if one in given and other in given:
             raise UserError(f"--{one} and --{other} exclude each other")
     if _WORKDIR.value is None and _INIT.value is None:
         raise UserError("--workdir is missing: the folder of the run (or --init: a model)")
+    if _REPORT.value:
+        return _report()
     if (_INIT.value is None) != (_OUT.value is None):
         raise UserError("--init=MODEL goes with --out=FOLDER, for what is found")
     from mmjax import runtime
@@ -75,6 +83,17 @@ def main() -> int:
         else:
             findings.add(model, findings.names)
         feedback.say(f"results: {findings.folder}")
+    return 0
+
+
+def _report() -> int:
+    """Writes the page of the workdirs."""
+    from mmjax import report
+
+    workdirs = [Path(name) for name in _WORKDIR.value.split(",") if name]
+    if not workdirs:
+        raise UserError("--workdir names no folder")
+    print(f"report: {report.write(workdirs, Path(_OUT.value or workdirs[0] / 'eval'))}")
     return 0
 
 

@@ -47,6 +47,7 @@ def test_following_evaluates_every_checkpoint_as_the_trainer_does(followed):
         metrics = {name: value for name, value in line.items() if name.startswith("eval/")}
         assert metrics and metrics == {name: own[step][name] for name in metrics}
     assert list((workdir / "eval").glob("events.out.tfevents*"))
+    assert json.loads((workdir / "environment.json").read_text())["processes"] == 1
     metric = "eval/test/text_to_image_mean_rank"
     best = min(own.values(), key=lambda line: line[metric])
     assert json.loads((workdir / "eval" / "best.json").read_text()) == {"step": best["step"], metric: best[metric]}

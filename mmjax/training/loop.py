@@ -13,7 +13,7 @@ import jax
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from mmjax import api
+from mmjax import api, environment
 from mmjax.data import pipeline
 from mmjax.errors import UserError
 from mmjax.files import write_atomically
@@ -72,6 +72,7 @@ def _train(setup: Setup, watchdog: Watchdog, started: float) -> int:
             return 0
         if jax.process_index() == 0:
             (workdir / RESULT).unlink(missing_ok=True)
+        environment.write(workdir)
         feedback.say(
             f"{'resuming at' if start else 'training: step'} {start} of {setup.steps}, "
             f"{setup.model_parameters / 1e6:.1f} M parameters, {jax.device_count()} x "
