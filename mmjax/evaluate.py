@@ -13,8 +13,9 @@ every checkpoint that is there, with --follow also every new one until the run i
 reported of a checkpoint before, it does not repeat. Where `train.best_metric` is set, the trainer keeps the
 checkpoint that is best by what was found here. With --init it evaluates whatever `mmjax.load` loads, and writes
 into the folder --out alone. On several hosts, start it in every process, as `mmjax.main`.
-With --report it evaluates nothing: it shows what is in the workdirs in one HTML page, which needs no other file, in
-eval/ of the first of them or in --out.
+With --report it evaluates nothing: it explains some held-out pairs by the last checkpoint (WORKDIR/eval/explanations),
+and shows what is in the workdirs in one HTML page, which needs no other file, in eval/ of the first of them or in
+--out.
 Exit codes: 0 done, 2 a mistake in the flags, 130 stopped by Ctrl-C.
 """
 
@@ -30,7 +31,7 @@ from ml_collections import ConfigDict
 
 from mmjax import cli
 from mmjax import config as configs
-from mmjax.errors import UserError
+from mmjax.errors import RecordError, UserError, one_line
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "the folder of the run; with --report of several, A,B,C")
 _INIT = flags.DEFINE_string("init", None, "a model in place of a run: whatever `mmjax.load` loads")
@@ -87,13 +88,23 @@ def main() -> int:
 
 
 def _report() -> int:
-    """Writes the page of the workdirs."""
-    from mmjax import report
-
-    workdirs = [Path(name) for name in _WORKDIR.value.split(",") if name]
+    """Writes the page of the workdirs, and for it explanations of some held-out pairs."""
+    names = _WORKDIR.value
+    workdirs = [Path(name) for name in ([names] if Path(names).is_dir() else names.split(",")) if name]
     if not workdirs:
         raise UserError("--workdir names no folder")
-    print(f"report: {report.write(workdirs, Path(_OUT.value or workdirs[0] / 'eval'))}")
+    from mmjax import report, runtime
+
+    runs = report.read_runs(workdirs)  # what is no run is told before anything is computed
+    runtime.configure()
+    from mmjax import explain
+
+    for run in runs:
+        try:
+            explain.save_of_run(run.path)
+        except (UserError, RecordError, OSError, ValueError) as error:
+            run.note("explanations", f"none were made: {one_line(error)}")
+    print(f"report: {report.write(runs, Path(_OUT.value or workdirs[0] / 'eval'))}")
     return 0
 
 

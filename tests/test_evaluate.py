@@ -143,6 +143,10 @@ def test_held_out_pairs_of_the_last_checkpoint_are_explained(followed, tmp_path)
     shutil.copytree(followed[0], workdir)
     explain.save_of_run(workdir, count=3)
     folder = workdir / "eval" / "explanations"
+    code, output = programs.run("evaluate", f"--workdir={workdir}", "--report")
+    assert code == 0 and output == f"report: {workdir}/eval/report.html\n"
+    page = (workdir / "eval" / "report.html").read_text()
+    assert page.count("What the model looked at") == 3 and "none were made" not in page
     files = sorted(folder.iterdir())
     assert [path.name for path in files] == [f"00000012-{n}.{kind}" for n in range(3) for kind in ("json", "png")]
     source = open_source("openmoji:en", "test")

@@ -140,8 +140,8 @@ def test_the_page_is_whole_and_asks_for_nothing(run):
 
 
 def test_the_same_runs_give_the_same_bytes(run, tmp_path):
-    first = report.write([run], tmp_path / "a").read_bytes()
-    assert first == report.write([run], tmp_path / "b").read_bytes()
+    first = report.write(read_runs([run]), tmp_path / "a").read_bytes()
+    assert first == report.write(read_runs([run]), tmp_path / "b").read_bytes()
 
 
 def test_metrics_of_the_trainer_and_of_the_separate_evaluation_are_one_curve(run):
@@ -186,7 +186,7 @@ def test_nothing_in_a_run_becomes_an_element(tmp_path):
         path = run / file
         path.write_text(path.read_text().replace("openmoji:en", "</td>").replace("red", "<b onclick=x>"))
     (run / "environment.json").write_text(json.dumps({"<i>": HOSTILE, "command": "\ud800"}))
-    report.write([run], tmp_path / "out")
+    report.write(read_runs([run]), tmp_path / "out")
     page = Page((tmp_path / "out/report.html").read_text("utf-8"))
     assert not page.faults and not page.all("script") and not page.all("b") and not page.all("i")
     assert all(attributes["src"].startswith("data:image/png;base64,") for attributes in page.all("img"))
@@ -243,7 +243,7 @@ DAMAGES = [  # and what the page says then
     (lambda run: None, "there is no environment.json"),
     (cut(PICTURE, 0.5), "cannot be shown"),
     (write(PICTURE, "x"), "cannot be shown"),
-    (write(TABLE, "class,images,recall\na,1,0.5\nb"), "damaged rows left out: 1"),
+    (write(TABLE, "class,images,recall\na,1,0.5\nb\nc,2,nan"), "damaged rows left out: 2"),
     (write(TABLE, ""), "it has no rows"),
     (write(TOKENS, '{"tokens": [1]}'), "its tokens are no pairs of a text and a weight"),
     (remove(TOKENS), "00000040-0"),
@@ -341,7 +341,7 @@ def test_a_browser_shows_the_page_without_a_word(tmp_path):
     runs = [make_run(tmp_path / name, name) for name in names]
     for run in runs:
         environment.write(run)
-    path = report.write(runs, tmp_path)
+    path = report.write(read_runs(runs), tmp_path)
     with browser.Browser(tmp_path / "profile") as shown:
         for width in (1280, 390):
             shown.open(path, width)

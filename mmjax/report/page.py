@@ -11,19 +11,19 @@ from mmjax.errors import UserError
 from mmjax.files import write_atomically
 from mmjax.report import curves, pictures, results, settings, speed
 from mmjax.report.markup import Markup, row, table, tag
-from mmjax.report.read import Run, read_runs
+from mmjax.report.read import Run
 from mmjax.report.section import Section, number, run_titles, section
 
 FILE = "report.html"
 
 
-def write(workdirs: Sequence[Path], folder: Path) -> Path:
+def write(runs: Sequence[Run], folder: Path) -> Path:
     """Writes the page of some runs into a folder, which is made; returns its path.
 
     Raises:
-      UserError: a workdir holds no run, or the folder cannot be made.
+      UserError: the folder cannot be made.
     """
-    content = page(read_runs(workdirs))
+    content = page(runs)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

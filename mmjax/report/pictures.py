@@ -50,7 +50,7 @@ def classes(runs: Sequence[Run]) -> Section:
 def explanations(runs: Sequence[Run]) -> Section | None:
     """What models looked at, with the weights of their texts' tokens; None where no run has any."""
     found = [sorted((run.path / "eval/explanations").glob("*.png"), key=_by_number) for run in runs]
-    if not any(found):
+    if not any(found) and not any("explanations" in run.notes for run in runs):
         return None
     hint = "The warmer a patch and the darker a token, the more the similarity of image and text rests on it."
     made = [

@@ -207,8 +207,12 @@ def read_classes(run: Run, path: Path) -> list[tuple[str, int, float]]:
     rows, damaged = [], 0
     for line in table:
         try:
-            rows.append((line["class"] + "", int(line["images"]), float(line["recall"])))
+            name, images, recall = line["class"] + "", int(line["images"]), float(line["recall"])
         except (KeyError, TypeError, ValueError):
+            recall = float("nan")
+        if 0 <= recall <= 1:
+            rows.append((name, images, recall))
+        else:
             damaged += 1
     if damaged or not table:
         run.note("classes", f"{path.name}: {f'damaged rows left out: {damaged:,}' if damaged else 'it has no rows'}")

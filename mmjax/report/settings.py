@@ -26,7 +26,8 @@ def configuration(runs: Sequence[Run]) -> Section:
     if not keys:
         return section(runs, "configuration", "Configuration", missing)
     head = run_titles(runs)
-    differing = [key for key in keys if _differs([config.get(key) for config in configs])]
+    # A run without a record differs from nobody, here and below.
+    differing = [key for key in keys if _differs([config.get(key) for config in configs if config])]
     everything = details(
         f"The whole configuration: {len(keys)} settings",
         table("The whole configuration", ["setting", *head], _rows(keys, configs, set(differing))),
@@ -53,7 +54,6 @@ def environment(runs: Sequence[Run]) -> Section:
         if not run.environment
     ]
     found = [run.environment for run in runs]
-    # A run without a record differs from nobody.
     differing = {key for key in keys if _differs([each.get(key) for each in found if each])}
     made = table("Environment", ["", *run_titles(runs)], _rows(keys, found, differing)) if keys else None
     return section(runs, "environment", "Environment", missing, made)
