@@ -50,7 +50,7 @@ def get_config(arg=None):
     config.evaluators.linear_probe = configs.linear_probe(source=source)
     config.evaluators.knn = configs.knn(source=source)
     config.evaluators.few_shot = configs.few_shot(source=source)
-    config.evaluators.captions = configs.captions(source=source)
+    config.evaluators.captions_greedy = configs.captions(source=source)
     config.evaluators.matching = configs.matching(source=source)
     config.evaluators.matching_hard = configs.matching(source=source, hard=True)
     foils = str(folder / "foils.jsonl")
@@ -108,7 +108,7 @@ def measure(workdir: str, folder: Path) -> dict[str, float]:
         model = api.load(workdir)
         model.config.precision.compute = dtype
         models[dtype] = api.Model(model.config, model.params, model.tokenizer, model.mesh, model.step)
-    needs = {"captions": "decoder", "matching": "matching", "matching_hard": "matching"}
+    needs = {"captions_greedy": "decoder", "matching": "matching", "matching_hard": "matching"}
     needs |= {"compositional_matching": "matching", "retrieval_reranked": "matching"}
     entries = get_config(folder / "files").evaluators
     kept = {
