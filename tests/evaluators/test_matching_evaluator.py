@@ -36,6 +36,9 @@ class Judge(Oracle):
         self.texts = texts
         return super().encode(texts, length)
 
+    def agreed(self, array):
+        return array
+
     def match_rows(self, images, texts, load_images, load_texts, batch_size):
         self.asked = images, [self.texts[text] for text in texts]
         self.belong = self.known(load_images(images)) == load_texts(texts)[:, 0]

@@ -162,6 +162,9 @@ class Oracle:
     def known(self, images):
         return np.abs(images.mean(axis=(1, 2, 3))[:, None] - self.means).argmin(axis=1)
 
+    def agreed(self, array):
+        return array
+
     def match_rows(self, images, texts, load_images, load_texts, batch_size):
         self.pairs = len(images)
         belong = self.known(load_images(images)) == load_texts(texts)[:, 0]
