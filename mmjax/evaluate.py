@@ -59,13 +59,13 @@ def main() -> int:
             raise UserError(f"--{one} and --{other} exclude each other")
     if _WORKDIR.value is None and _INIT.value is None:
         raise UserError("--workdir is missing: the folder of the run (or --init: a model)")
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a trainer may be on the same device
     if _REPORT.value:
         return _report()
     if (_INIT.value is None) != (_OUT.value is None):
         raise UserError("--init=MODEL goes with --out=FOLDER, for what is found")
     from mmjax import runtime
 
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a trainer may be on the same device
     runtime.configure()
     from mmjax import api
     from mmjax.sharding import distributed
