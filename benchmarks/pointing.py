@@ -11,7 +11,10 @@ Of `--cases` (200) pictures, each of two held-out emoji drawn with `--seed`, the
                           is as large as in training
     relevance_against     the same, of the caption rather than of the other emoji's
     relevance_squashed    the picture read as evaluation reads it: squashed into a square
+    relevance_square      the two drawings on a square white canvas, read as evaluation reads it
     rollout               attention rollout, which does not know the caption
+    occlusion_squashed    no explanation but the model's own answer, of the same pictures: which half, made white,
+    occlusion_square      takes more of the similarity. What it cannot tell, no map of its attention will.
 
 With --picture it draws the first cases: each picture beside its relevance.
 """
@@ -59,22 +62,22 @@ def measure(
     model = api.load(workdir)
     images, captions, others, right = make_cases(cases, seed, split)
     found = explain.relevance(model, images, captions, keep_shape=True)
+    squares = [on_square(picture) for picture in images]
     maps = {
         "relevance": [each.image for each in found],
         "relevance_against": [
             each.image for each in explain.relevance(model, images, captions, others, keep_shape=True)
         ],
         "relevance_squashed": [each.image for each in explain.relevance(model, images, captions)],
+        "relevance_square": [each.image for each in explain.relevance(model, squares, captions)],
         "rollout": explain.rollout(model, "image", images, keep_shape=True),
     }
     if picture is not None:
         draw(picture, captions, found)
-    return {
-        f"pointing/{name}": float(
-            np.mean([points_right(heat) == side for heat, side in zip(heats, right, strict=True)])
-        )
-        for name, heats in maps.items()
-    }
+    pointed = {name: [points_right(heat) for heat in heats] for name, heats in maps.items()}
+    pointed["occlusion_squashed"] = needs_right_half(model, images, captions)
+    pointed["occlusion_square"] = needs_right_half(model, squares, captions)
+    return {f"pointing/{name}": float(np.mean(np.array(sides) == right)) for name, sides in pointed.items()}
 
 
 def make_cases(cases: int, seed: int, split: str) -> tuple[list[np.ndarray], list[str], list[str], list[bool]]:
@@ -95,6 +98,29 @@ def make_cases(cases: int, seed: int, split: str) -> tuple[list[np.ndarray], lis
             others.append(other_caption)
             sides.append(right)
     return images, captions, others, sides
+
+
+def on_square(picture: np.ndarray) -> np.ndarray:
+    """A wide picture in the middle of a white square as wide."""
+    height, width = picture.shape[:2]
+    canvas = np.full((width, width, 3), 255, np.uint8)
+    top = (width - height) // 2
+    canvas[top : top + height] = picture
+    return canvas
+
+
+def needs_right_half(model, images: list[np.ndarray], captions: list[str]) -> list[bool]:
+    """Whether the image without its right half is less similar to its caption than without its left one."""
+    texts = model.encode_text(captions)
+
+    def similarity(hide_right: bool) -> np.ndarray:
+        shown = [picture.copy() for picture in images]
+        for picture in shown:
+            half = picture.shape[1] // 2
+            picture[:, half if hide_right else 0 : None if hide_right else half] = 255
+        return (model.encode_image(shown) * texts).sum(axis=1)
+
+    return (similarity(True) < similarity(False)).tolist()
 
 
 def points_right(heat: np.ndarray) -> bool:

@@ -46,8 +46,9 @@ class Explanation(NamedTuple):
 
     Attributes:
       seen: the image as the tower read it, uint8 [height, width, 3].
-      image: the share of each patch in the relevance of all; they add up to 1, or are 0 where nothing is relevant.
-      text: the tokens, without padding, each with its share.
+      image: the share of each patch in the relevance of all; they add up to 1, or are 0 where nothing is relevant. A
+        class token has none.
+      text: the tokens, without padding, each with its share of theirs.
       similarity: the cosine of the pair's embeddings.
     """
 
@@ -104,14 +105,15 @@ def relevance(
         parts = [*model.batches(run, len(places), loaders, batch_size)]
         for place, *values in zip(places, *map(np.concatenate, zip(*parts, strict=True)), strict=True):
             patches, tokens, cosine = values
-            heat = _heat(model, seen[place], patches)
-            found[place] = Explanation(seen[place], heat, _named(model, ids[place], tokens), float(cosine))
+            heat = _shares(_heat(model, seen[place], patches))
+            words = _shares(np.where(ids[place] == model.tokenizer.pad_id, 0, tokens))
+            found[place] = Explanation(seen[place], heat, _named(model, ids[place], words), float(cosine))
     return found
 
 
 @partial(jax.jit, static_argnames=("module", "mesh", "weight"))
 def _relevance(params: PyTree, batch: dict[str, Array], module: MultimodalModel, mesh: Any, weight: float) -> tuple:
-    """Relevance of image tokens and of text tokens, as shares, and the cosine."""
+    """Relevance of image tokens and of text tokens, and the cosine."""
     embeddings = {name: _encode(module, params, name, batch[name])["embedding"] for name in ("image", "text")}
     target = embeddings["text"]
     if weight:
@@ -119,7 +121,7 @@ def _relevance(params: PyTree, batch: dict[str, Array], module: MultimodalModel,
     patches = _tower_relevance(module, params, "image", batch["image"], target)
     tokens = _tower_relevance(module, params, "text", batch["text"], embeddings["image"])
     cosine = (embeddings["image"] * embeddings["text"]).sum(axis=-1)
-    return _replicated((_shares(patches), _shares(tokens), cosine), mesh)
+    return _replicated((patches, tokens, cosine), mesh)
 
 
 def _tower_relevance(module: MultimodalModel, params: PyTree, modality: str, inputs: Array, target: Array) -> Array:
@@ -376,8 +378,8 @@ def _replicated(tree: PyTree[Array], mesh: Any) -> PyTree[Array]:
     return jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, P()))
 
 
-def _shares(numbers: Float[Array, "batch tokens"]) -> Float[Array, "batch tokens"]:
-    return numbers / jnp.maximum(numbers.sum(axis=-1, keepdims=True), 1e-30)
+def _shares(numbers: Float[np.ndarray, " *shape"]) -> Float[np.ndarray, " *shape"]:
+    return numbers / max(numbers.sum(), 1e-30)
 
 
 def _heat(model: Model, seen: UInt8[np.ndarray, "height width 3"], tokens: Float[np.ndarray, " tokens"]) -> Heat:

@@ -54,3 +54,12 @@ def test_links_and_pictures_exist():
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name} -> {target}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_example_in_python_can_be_read(page):
+    content = page.read_text()
+    inside = re.findall(r"^.*[^\s`].*```.*$", content, re.MULTILINE)
+    assert not inside, f"a block ends within a line: {inside[0]}"
+    for block in re.findall(r"^```python\n(.*?)^```", content, re.DOTALL | re.MULTILINE):
+        compile(block, page.name, "exec")
