@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, PyTree, UInt8
 from PIL import Image
 
 from mmjax import api
-from mmjax.api import Model, pixels_of
+from mmjax.api import LoadRows, Model, pixels_of
 from mmjax.data import image as image_ops
 from mmjax.data.pipeline import captions_of, decode_image
 from mmjax.data.sources import open_entry
@@ -97,11 +97,7 @@ def relevance(
     found: list[Any] = [None] * len(seen)
     run = partial(_relevance, module=_module(model), mesh=model.mesh, weight=weight)
     for places in _by_shape(seen):
-        loaders = {
-            "image": lambda rows, places=places: np.stack([seen[places[row]] for row in rows]),
-            "text": lambda rows, places=places: ids[places[rows]],
-            "other": lambda rows, places=places: other[places[rows]],
-        }
+        loaders = _loaders(places, image=seen, text=ids, other=other)
         parts = [*model.batches(run, len(places), loaders, batch_size)]
         for place, *values in zip(places, *map(np.concatenate, zip(*parts, strict=True)), strict=True):
             patches, tokens, cosine = values
@@ -164,7 +160,7 @@ def rollout(
     found: list[Any] = [None] * len(read)
     run = partial(_rollout, module=_module(model), mesh=model.mesh, modality=modality)
     for places in _by_shape(read):
-        loaders = {modality: lambda rows, places=places: np.stack([read[places[row]] for row in rows])}
+        loaders = _loaders(places, **{modality: read})
         shares = np.concatenate([*model.batches(run, len(places), loaders, batch_size)])
         for place, row in zip(places, shares, strict=True):
             show = _heat if modality == "image" else _named
@@ -215,10 +211,7 @@ def cross_attention(
     found: list[Any] = [None] * len(seen)
     run = partial(_cross_attention, module=_module(model), mesh=model.mesh, part=part)
     for places in _by_shape(seen):
-        loaders = {
-            "image": lambda rows, places=places: np.stack([seen[places[row]] for row in rows]),
-            "text": lambda rows, places=places: ids[places[rows]],
-        }
+        loaders = _loaders(places, image=seen, text=ids)
         weights = np.concatenate([*model.batches(run, len(places), loaders, batch_size)])
         for place, rows in zip(places, weights, strict=True):
             own = ids[place][-len(rows) :]  # a start token that the decoder is given is not predicted
@@ -342,6 +335,15 @@ def _by_shape(inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
     shapes = np.array([each.shape for each in inputs], np.int64).reshape(len(inputs), -1)
     _, kinds = np.unique(shapes, axis=0, return_inverse=True)
     return [np.flatnonzero(kinds.ravel() == kind) for kind in range(kinds.max(initial=-1) + 1)]
+
+
+def _loaders(places: np.ndarray, **inputs: Sequence[np.ndarray]) -> dict[str, LoadRows]:
+    """What loads of each input the rows that stand at these places."""
+
+    def loader(values: Sequence[np.ndarray]) -> LoadRows:
+        return lambda rows: np.stack([values[place] for place in places[rows]])
+
+    return {name: loader(values) for name, values in inputs.items()}
 
 
 def _apply(module: MultimodalModel, params: PyTree, method: str, *arguments: Any) -> Any:
