@@ -137,9 +137,7 @@ def draw(path: Path, captions: list[str], found: list) -> None:
 
     tiles = []
     for caption, each in list(zip(captions, found, strict=True))[:SHOWN]:
-        shown = explain.overlay(each.seen, each.image)
-        plain = Image.fromarray(each.seen).resize(shown.shape[1::-1], Image.Resampling.BICUBIC)
-        both = np.concatenate([np.asarray(plain), shown], axis=1)
+        both = explain.beside_overlay(each)
         tile = Image.new("RGB", (both.shape[1] // 2 + 16, both.shape[0] // 2 + 34), "white")
         tile.paste(Image.fromarray(both).resize((both.shape[1] // 2, both.shape[0] // 2)), (8, 26))
         ImageDraw.Draw(tile).text((8, 5), caption, "black", ImageFont.load_default(14))

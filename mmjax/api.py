@@ -11,9 +11,8 @@ import numpy as np
 from flax.core import FrozenDict
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Float, Int, PyTree, UInt8
+from jaxtyping import Float, Int, PyTree
 from ml_collections import ConfigDict
-from PIL import Image
 
 from mmjax.config import from_plain, suggest
 from mmjax.data import image as image_ops
@@ -119,7 +118,7 @@ class Model:
         encoder = self.config.model.encoders.image
 
         def load_rows(indices: np.ndarray) -> np.ndarray:
-            pixels = (pixels_of(images[index]) for index in indices)
+            pixels = (image_ops.pixels_of(images[index]) for index in indices)
             return np.stack([image_ops.for_evaluation(each, encoder.image_size, encoder.resize) for each in pixels])
 
         return load_rows
@@ -436,20 +435,3 @@ def _strategy(options: dict[str, Any]) -> Strategy:
     if not chosen.temperature and (chosen.top_k or chosen.top_p < 1):
         raise UserError("top_k and top_p say what is drawn, and temperature 0 draws nothing: set it to 1, say")
     return chosen
-
-
-def pixels_of(image: Any) -> UInt8[np.ndarray, "height width 3"]:
-    """The pixels of a file, a PIL image (transparency is white) or an array.
-
-    Raises:
-      UserError: the file is missing or is no image, or the array has another shape or type.
-    """
-    if isinstance(image, str | Path):
-        return image_ops.load_file(str(image))
-    if isinstance(image, Image.Image):
-        rgba = image.convert("RGBA")
-        return np.asarray(Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB"))
-    pixels = np.asarray(image)
-    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
-        raise UserError(f"an image array is uint8 [height, width, 3], not {pixels.dtype} {list(pixels.shape)}")
-    return pixels

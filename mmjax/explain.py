@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, PyTree, UInt8
 from PIL import Image
 
 from mmjax import api
-from mmjax.api import LoadRows, Model, pixels_of
+from mmjax.api import LoadRows, Model
 from mmjax.data import image as image_ops
 from mmjax.data.pipeline import captions_of, decode_image
 from mmjax.data.sources import open_entry
@@ -92,12 +92,11 @@ def relevance(
         model.needs(modality, f"encode an input of the modality {modality}")
     seen = _views(model, images, keep_shape)
     ids = _ids(model, texts)
-    # Nothing is compared with a text of no weight.
-    other, weight = (ids, 0.0) if against is None else (_ids(model, against), 1.0)
+    inputs = {"image": seen, "text": ids} | ({} if against is None else {"against": _ids(model, against)})
     found: list[Any] = [None] * len(seen)
-    run = partial(_relevance, module=_module(model), mesh=model.mesh, weight=weight)
+    run = partial(_relevance, module=_module(model), mesh=model.mesh)
     for places in _by_shape(seen):
-        loaders = _loaders(places, image=seen, text=ids, other=other)
+        loaders = _loaders(places, inputs)
         parts = [*model.batches(run, len(places), loaders, batch_size)]
         for place, *values in zip(places, *map(np.concatenate, zip(*parts, strict=True)), strict=True):
             patches, tokens, cosine = values
@@ -107,13 +106,13 @@ def relevance(
     return found
 
 
-@partial(jax.jit, static_argnames=("module", "mesh", "weight"))
-def _relevance(params: PyTree, batch: dict[str, Array], module: MultimodalModel, mesh: Any, weight: float) -> tuple:
+@partial(jax.jit, static_argnames=("module", "mesh"))
+def _relevance(params: PyTree, batch: dict[str, Array], module: MultimodalModel, mesh: Any) -> tuple:
     """Relevance of image tokens and of text tokens, and the cosine."""
     embeddings = {name: _encode(module, params, name, batch[name])["embedding"] for name in ("image", "text")}
     target = embeddings["text"]
-    if weight:
-        target = target - weight * _encode(module, params, "text", batch["other"])["embedding"]
+    if "against" in batch:
+        target = target - _encode(module, params, "text", batch["against"])["embedding"]
     patches = _tower_relevance(module, params, "image", batch["image"], target)
     tokens = _tower_relevance(module, params, "text", batch["text"], embeddings["image"])
     cosine = (embeddings["image"] * embeddings["text"]).sum(axis=-1)
@@ -160,7 +159,7 @@ def rollout(
     found: list[Any] = [None] * len(read)
     run = partial(_rollout, module=_module(model), mesh=model.mesh, modality=modality)
     for places in _by_shape(read):
-        loaders = _loaders(places, **{modality: read})
+        loaders = _loaders(places, {modality: read})
         shares = np.concatenate([*model.batches(run, len(places), loaders, batch_size)])
         for place, row in zip(places, shares, strict=True):
             show = _heat if modality == "image" else _named
@@ -211,7 +210,7 @@ def cross_attention(
     found: list[Any] = [None] * len(seen)
     run = partial(_cross_attention, module=_module(model), mesh=model.mesh, part=part)
     for places in _by_shape(seen):
-        loaders = _loaders(places, image=seen, text=ids)
+        loaders = _loaders(places, {"image": seen, "text": ids})
         weights = np.concatenate([*model.batches(run, len(places), loaders, batch_size)])
         for place, rows in zip(places, weights, strict=True):
             own = ids[place][-len(rows) :]  # a start token that the decoder is given is not predicted
@@ -260,16 +259,20 @@ def overlay(
     return np.round((1 - strength) * grey + strength * (COOL + (WARM - COOL) * warmth)).astype(np.uint8)
 
 
+def beside_overlay(found: Explanation) -> UInt8[np.ndarray, "height 2*width 3"]:
+    """The image, enlarged as `overlay` does, and to its right its overlay."""
+    shown = overlay(found.seen, found.image)
+    plain = Image.fromarray(found.seen).resize(shown.shape[1::-1], Image.Resampling.BICUBIC)
+    return np.concatenate([np.asarray(plain), shown], axis=1)
+
+
 def save(folder: Path, texts: Sequence[str], found: Sequence[Explanation], prefix: str = "") -> None:
     """Writes of each pair PREFIX + NUMBER.png, the image beside its overlay, and the same .json: the title, and the
     tokens with their shares over the largest of them.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for number, (text, each) in enumerate(zip(texts, found, strict=True)):
-        shown = overlay(each.seen, each.image)
-        plain = Image.fromarray(each.seen).resize(shown.shape[1::-1], Image.Resampling.BICUBIC)
-        both = np.concatenate([np.asarray(plain), shown], axis=1)
-        Image.fromarray(both).save(folder / f"{prefix}{number}.png")
+        Image.fromarray(beside_overlay(each)).save(folder / f"{prefix}{number}.png")
         top = max((weight for _, weight in each.text), default=0) or 1
         tokens = [[name, round(weight / top, 4)] for name, weight in each.text]
         content = {"title": f"{text} (cosine {each.similarity:.3f})", "tokens": tokens}
@@ -314,12 +317,15 @@ def _ids(model: Model, texts: Sequence[str]) -> np.ndarray:
     return model.tokenizer.encode(list(texts), model.config.model.encoders.text.length)
 
 
+def _patch(model: Model) -> int:
+    return variants.parse(model.config.model.encoders.image.variant)[1]
+
+
 def _views(model: Model, images: Sequence[Any], keep_shape: bool) -> list[UInt8[np.ndarray, "height width 3"]]:
     """The images as the tower is to read them."""
-    encoder, seen = model.config.model.encoders.image, []
-    patch = variants.parse(encoder.variant)[1]
+    encoder, patch, seen = model.config.model.encoders.image, _patch(model), []
     for image in images:
-        pixels = pixels_of(image)
+        pixels = image_ops.pixels_of(image)
         if keep_shape:
             scale = encoder.image_size / min(pixels.shape[:2])
             height, width = (max(1, round(side * scale / patch)) * patch for side in pixels.shape[:2])
@@ -337,7 +343,7 @@ def _by_shape(inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
     return [np.flatnonzero(kinds.ravel() == kind) for kind in range(kinds.max(initial=-1) + 1)]
 
 
-def _loaders(places: np.ndarray, **inputs: Sequence[np.ndarray]) -> dict[str, LoadRows]:
+def _loaders(places: np.ndarray, inputs: Mapping[str, Sequence[np.ndarray]]) -> dict[str, LoadRows]:
     """What loads of each input the rows that stand at these places."""
 
     def loader(values: Sequence[np.ndarray]) -> LoadRows:
@@ -386,7 +392,7 @@ def _shares(numbers: Float[np.ndarray, " *shape"]) -> Float[np.ndarray, " *shape
 
 def _heat(model: Model, seen: UInt8[np.ndarray, "height width 3"], tokens: Float[np.ndarray, " tokens"]) -> Heat:
     """The numbers of an image's patches, as they lie; a class token's is left out."""
-    patch = variants.parse(model.config.model.encoders.image.variant)[1]
+    patch = _patch(model)
     rows, columns = seen.shape[0] // patch, seen.shape[1] // patch
     return tokens[-rows * columns :].reshape(rows, columns)
 

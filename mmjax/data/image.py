@@ -7,6 +7,8 @@ every other format, and every JPEG that libjpeg-turbo finds fault with, goes thr
 import functools
 import io
 import struct
+from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -94,6 +96,23 @@ def load_file(path: str) -> Pixels:
         raise UserError(f"cannot read the image {path}: {error.strerror}") from error
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+
+
+def pixels_of(image: Any) -> Pixels:
+    """The pixels of a file, a PIL image (transparency is white) or an array.
+
+    Raises:
+      UserError: the file is missing or is no image, or the array has another shape or type.
+    """
+    if isinstance(image, str | Path):
+        return load_file(str(image))
+    if isinstance(image, Image.Image):
+        rgba = image.convert("RGBA")
+        return np.asarray(Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB"))
+    pixels = np.asarray(image)
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
+        raise UserError(f"an image array is uint8 [height, width, 3], not {pixels.dtype} {list(pixels.shape)}")
+    return pixels
 
 
 def resize(pixels: Pixels, size: int) -> UInt8[np.ndarray, "size size 3"]:

@@ -69,8 +69,7 @@ def test_one_of_two_processes_is_told_to_stop_and_both_do(tmp_path, openmoji_fol
     processes = start_two(
         "--config=tests/tiny.py:3000", "--config.train.checkpoint_every=3000", f"--workdir={tmp_path}"
     )
-    while not read_metrics(tmp_path / "metrics.jsonl") and processes[0].poll() is None:
-        time.sleep(0.01)
+    programs.wait_for_steps(processes[0], tmp_path, 1)
     processes[1].send_signal(signal.SIGTERM)
     finish(processes, 143)
     assert saved_steps(tmp_path) == [read_metrics(tmp_path / "metrics.jsonl")[-1]["step"]]
