@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Float, Int, PyTree
 from ml_collections import ConfigDict
 
-from mmjax.config import from_plain, suggest
+from mmjax.config import completed, from_plain, suggest
 from mmjax.data import image as image_ops
 from mmjax.data import text as tokenizers
 from mmjax.errors import UserError
@@ -398,7 +398,7 @@ def load_config(workdir: str | Path) -> ConfigDict:
     """
     path = _run_and_step(workdir)[0] / "config.json"
     try:
-        return from_plain(json.loads(path.read_text()))
+        return completed(from_plain(json.loads(path.read_text())))
     except OSError as error:
         raise UserError(f"{workdir} is no workdir of a run: cannot read {path}: {error.strerror}") from error
     except ValueError as error:

@@ -47,6 +47,7 @@ def default() -> ConfigDict:
                 "logit_bias": -10.0,
                 "fusion": {},
                 "decoder": {},
+                "parts": (),
             },
             "objectives": {},
             "teacher": {"source": "", "step": 0},
@@ -112,6 +113,13 @@ def _encoder(**fields) -> ConfigDict:
         "norm": "pre",
         "norm_epsilon": 1e-6,
         "activation": "gelu_tanh",
+        "final_norm": True,
+        "key_bias": True,
+        "layer_scale": 0.0,
+        "embed_norm": False,
+        "pool_norm": False,
+        "pool_dense": False,
+        "projection_bias": False,
     }
     return ConfigDict(shared | fields)
 
@@ -123,8 +131,10 @@ def image_encoder(**fields) -> ConfigDict:
         "resize": "squash",
         "position": "learned",
         "pooling": "map",
-        "mean": 0.5,
-        "std": 0.5,
+        "class_token": False,
+        "patch_bias": True,
+        "mean": (0.5, 0.5, 0.5),
+        "std": (0.5, 0.5, 0.5),
     }
     return _encoder(**{"variant": "B/16"} | own | fields)
 
@@ -139,6 +149,8 @@ def text_encoder(**fields) -> ConfigDict:
         "causal": False,
         "mask_padding": False,
         "pad_id": 0,
+        "end_id": 1,
+        "token_types": 0,
     }
     return _encoder(**own | fields)
 
@@ -358,6 +370,19 @@ def from_plain(saved: Mapping[str, Any]) -> ConfigDict:
         return tuple(tuples(item) for item in value) if isinstance(value, list) else value
 
     return ConfigDict(tuples(saved))
+
+
+def completed(saved: ConfigDict) -> ConfigDict:
+    """A saved config with the keys that have come since, at the values that mean what there was before them."""
+    config = default()
+    config.update(saved)
+    model = config.model
+    for name, encoder in model.encoders.items():
+        channels = {key: (encoder[key],) * 3 for key in ("mean", "std") if isinstance(encoder.get(key), float)}
+        model.encoders[name] = ENCODERS[name](**encoder.to_dict() | channels)
+    for name, make in PARTS.items():
+        model[name] = make(**model[name].to_dict()) if model[name] else {}
+    return config
 
 
 def differing_keys(saved: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

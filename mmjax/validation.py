@@ -26,6 +26,7 @@ SCHEDULES = ("cosine", "linear", "rsqrt", "constant")
 # What tuples hold.
 _NAMES = dict.fromkeys(("captions", "inputs", "modalities", "objectives", "parts"), str)
 _ELEMENTS = _NAMES | {"caption_weights": (int, float), "color_jitter": (int, float), "shots": int}
+_ELEMENTS |= {"mean": (int, float), "std": (int, float)}
 _ELEMENTS_NAMED = {key: "names" if kind is str else "numbers" for key, kind in _ELEMENTS.items()}
 OPTIMIZERS = ("adamw", "adafactor", "lion", "muon")
 # Of evaluators' options.
@@ -154,8 +155,14 @@ def _check_model(config: ConfigDict) -> None:
                 raise UserError(f"config.{key}.image_size: patch {patch} does not divide {encoder.image_size} pixels")
             if encoder.position == "sincos2d" and size.width % 4:
                 raise UserError(f"config.{key}.width: sincos2d positions need a multiple of 4, not {size.width}")
+            if len(encoder.mean) != 3 or len(encoder.std) != 3 or min(encoder.std) <= 0:
+                raise UserError(f"config.{key}.mean, .std: three numbers each, one a channel; deviations are positive")
+            if encoder.pooling == "eos":
+                raise UserError(f"config.{key}.pooling: an image has no end token; choose another one than eos")
         elif encoder.length < 2:
             raise UserError(f"config.{key}.length: {encoder.length} is too short for a token and its end")
+        elif encoder.token_drop and encoder.pooling == "eos":
+            raise UserError(f"config.{key}.token_drop: the end token, which is pooled, could be dropped")
         if not encoder.projection and size.width != config.model.embed_dim:
             raise UserError(
                 f"config.{key}.projection: without one, width {size.width} must equal model.embed_dim "

@@ -27,6 +27,7 @@ class Attention(nn.Module):
 
     heads: int
     dtype: jnp.dtype = jnp.float32
+    key_bias: bool = True
 
     @nn.compact
     def __call__(
@@ -41,7 +42,8 @@ class Attention(nn.Module):
 
         def project(name: str, tokens: Array) -> Float[Array, "batch tokens heads head_dim"]:
             init = nn.initializers.xavier_uniform()
-            projected = nn.Dense(width, dtype=self.dtype, kernel_init=init, name=name)(tokens)
+            use_bias = self.key_bias or name != "key"
+            projected = nn.Dense(width, use_bias, dtype=self.dtype, kernel_init=init, name=name)(tokens)
             split = projected.reshape(*tokens.shape[:-1], self.heads, width // self.heads)
             return constrain(split, "batch", "sequence", "heads", None)
 

@@ -22,7 +22,7 @@ from mmjax.models.pooling import Pool
 from mmjax.models.position import ImagePosition
 from mmjax.models.text import TextEmbed
 from mmjax.models.token_drop import drop_tokens, kept_places
-from mmjax.models.transformer import Style, Transformer
+from mmjax.models.transformer import Style, Transformer, layer_norm
 from mmjax.sharding.rules import constrain
 
 MAX_LOGIT_SCALE = 100.0
@@ -42,7 +42,7 @@ def part_size(part: Mapping[str, Any], text: variants.Size) -> dict[str, Any]:
 
 def style_of(encoder: Mapping[str, Any]) -> Style:
     """What kind of Transformer a tower is."""
-    return Style(encoder["norm"], encoder["norm_epsilon"], encoder["activation"])
+    return Style(*(encoder[f"norm_{name}" if name == "epsilon" else name] for name in Style._fields))
 
 
 def _transformer(encoder: Mapping[str, Any], dtype: jnp.dtype) -> Transformer:
@@ -54,7 +54,8 @@ def _transformer(encoder: Mapping[str, Any], dtype: jnp.dtype) -> Transformer:
 
 def _pool(encoder: Mapping[str, Any], dtype: jnp.dtype) -> Pool:
     size = tower_size(encoder)
-    return Pool(encoder["pooling"], size.heads, size.mlp_dim, dtype, style_of(encoder))
+    has_class_token, norm, dense = encoder.get("class_token", False), encoder["pool_norm"], encoder["pool_dense"]
+    return Pool(encoder["pooling"], size.heads, size.mlp_dim, dtype, style_of(encoder), has_class_token, norm, dense)
 
 
 class ImageEncoder(nn.Module):
@@ -69,12 +70,14 @@ class ImageEncoder(nn.Module):
     def setup(self):
         config, width = self.config, tower_size(self.config).width
         self.patch = variants.parse(config["variant"])[1]
-        self.patches = PatchEmbed(self.patch, width, self.dtype)
-        self.has_class_token = config["pooling"] == "cls"
+        self.patches = PatchEmbed(self.patch, width, self.dtype, config["patch_bias"])
+        self.has_class_token = config["class_token"] or config["pooling"] == "cls"
         if self.has_class_token:
             self.class_token = self.param("class_token", nn.initializers.zeros, (1, width))
         trained = (config["image_size"] // self.patch,) * 2
         self.positions = ImagePosition(config["position"], trained, self.has_class_token)
+        if config["embed_norm"]:
+            self.embed_norm = layer_norm(None, self.dtype, style_of(config))
         self.transformer = _transformer(config, self.dtype)
         self.pool = _pool(config, self.dtype)
 
@@ -89,6 +92,7 @@ class ImageEncoder(nn.Module):
             token = jnp.broadcast_to(self.class_token.astype(x.dtype), (x.shape[0], 1, x.shape[2]))
             x = jnp.concatenate([token, x], axis=1)
         x = self.positions(x, grid)
+        x = self.embed_norm(x) if config["embed_norm"] else x
         if rng is not None and config["token_drop"]:
             x = drop_tokens(x, rng, config["token_drop"], always_kept=int(self.has_class_token))
         return self.transformer(x), None
@@ -105,7 +109,8 @@ class TextEncoder(nn.Module):
 
     def setup(self):
         config, width = self.config, tower_size(self.config).width
-        self.embed = TextEmbed(config["vocab_size"], config["length"], width, self.dtype, style_of(config))
+        style, types = style_of(config), config["token_types"]
+        self.embed = TextEmbed(config["vocab_size"], config["length"], width, self.dtype, style, types)
         self.transformer = _transformer(config, self.dtype)
         self.pool = _pool(config, self.dtype)
 
@@ -114,7 +119,12 @@ class TextEncoder(nn.Module):
     ) -> tuple[Float[Array, "batch tokens embed"], Bool[Array, "batch tokens"] | None]:
         """The tokens, and which of them are no padding (None: padding is part of the input)."""
         config, x = self.config, self.embed(text)
-        valid = text != config["pad_id"] if config["mask_padding"] else None
+        valid = None
+        if config["mask_padding"]:
+            valid = text != config["pad_id"]
+        elif config["pooling"] == "eos":  # up to the first end token; what comes after it is padding, whatever its id
+            ends = (text == config["end_id"]).astype(jnp.int32)
+            valid = jnp.cumsum(ends, axis=1) - ends == 0
         if rng is not None and config["token_drop"]:
             places = kept_places(rng, x.shape[1], config["token_drop"], int(config["pooling"] == "cls"), valid)
             x = jnp.take_along_axis(x, places[..., None], axis=1)
@@ -165,7 +175,7 @@ class MultimodalModel(nn.Module):
         self.towers = {name: ENCODERS[name](encoder, self.dtype, name=name) for name, encoder in encoders.items()}
         self.projections = {
             modality: nn.Dense(
-                self.config["embed_dim"], use_bias=False, dtype=self.dtype, name=f"{modality}_projection"
+                self.config["embed_dim"], encoder["projection_bias"], dtype=self.dtype, name=f"{modality}_projection"
             )
             for modality, encoder in encoders.items()
             if encoder["projection"]
@@ -182,7 +192,7 @@ class MultimodalModel(nn.Module):
             self.decoder = Decoder(config, text["vocab_size"], text["length"], self.dtype, style_of(text))
 
     def encode(self, modality: str, inputs: Array, rng: Key[Array, " batch"] | None = None) -> dict[str, Array]:
-        """`tokens`, `valid` (of the tokens; None for all), `pooled`, and `embedding`.
+        """`tokens`, `valid` (of the tokens; None for all), `pooled`, `projected`, and `embedding`.
 
         `rng` has a key for each row in training; without one nothing is random.
         """
@@ -196,12 +206,13 @@ class MultimodalModel(nn.Module):
         return self.towers[modality](inputs, rng)
 
     def embed(self, modality: str, tokens: Array, valid: Array | None) -> dict[str, Array]:
-        """`pooled` tokens, and their `embedding`: float32 [batch, embed_dim] of unit norm."""
+        """`pooled` tokens; `projected` into the shared space, float32 [batch, embed_dim]; `embedding`: of unit norm."""
         pooled = self.towers[modality].pool(tokens, valid)
         projected = self.projections[modality](pooled) if modality in self.projections else pooled
         projected = projected.astype(jnp.float32)
         norm = jnp.sqrt(jnp.maximum((projected**2).sum(axis=-1, keepdims=True), 1e-12))
-        return {"pooled": pooled, "embedding": constrain(projected / norm, "batch", "embed")}
+        embedding = constrain(projected / norm, "batch", "embed")
+        return {"pooled": pooled, "projected": projected, "embedding": embedding}
 
     def logits(self) -> dict[str, Float[Array, ""]]:
         """`logit_scale` (not its logarithm) and `logit_bias`."""

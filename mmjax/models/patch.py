@@ -1,14 +1,17 @@
 """Images to patch tokens."""
 
+from collections.abc import Sequence
+
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, UInt8
 
 
 def normalize(
-    image: UInt8[Array, "batch height width 3"], mean: float, std: float, dtype: jnp.dtype
+    image: UInt8[Array, "batch height width 3"], mean: Sequence[float], std: Sequence[float], dtype: jnp.dtype
 ) -> Float[Array, "batch height width 3"]:
-    """Pixels from 0..255 to (pixel / 255 - mean) / std. On the device, so that hosts ship bytes."""
+    """Pixels from 0..255 to (pixel / 255 - mean) / std, by channel. On the device, so that hosts ship bytes."""
+    mean, std = (jnp.asarray(values, jnp.float32) for values in (mean, std))
     return ((image.astype(jnp.float32) / 255 - mean) / std).astype(dtype)
 
 
@@ -22,6 +25,7 @@ class PatchEmbed(nn.Module):
     patch: int
     width: int
     dtype: jnp.dtype = jnp.float32
+    use_bias: bool = True
 
     @nn.compact
     def __call__(self, image: Float[Array, "batch height width 3"]) -> Float[Array, "batch tokens embed"]:
@@ -31,4 +35,4 @@ class PatchEmbed(nn.Module):
         rows, columns = height // self.patch, width // self.patch
         patches = image.reshape(batch, rows, self.patch, columns, self.patch, channels)
         patches = patches.transpose(0, 1, 3, 2, 4, 5).reshape(batch, rows * columns, -1)
-        return nn.Dense(self.width, dtype=self.dtype, name="patch_embed")(patches)
+        return nn.Dense(self.width, self.use_bias, dtype=self.dtype, name="patch_embed")(patches)

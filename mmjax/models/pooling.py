@@ -7,7 +7,7 @@ from jaxtyping import Array, Bool, Float
 from mmjax.models.attention import Attention, explained, is_explained
 from mmjax.models.transformer import PRE_NORM, Mlp, Style, layer_norm
 
-POOLINGS = ("mean", "cls", "map", "last")
+POOLINGS = ("mean", "cls", "map", "last", "eos")
 
 
 class Pool(nn.Module):
@@ -16,7 +16,11 @@ class Pool(nn.Module):
     - mean: the average of the tokens that `valid` marks;
     - cls: the first token;
     - last: the last position (padding is part of the input there, as in SigLIP's text tower);
+    - eos: the last token that `valid` marks, which is the end of the text (CLIP, Radford et al. 2021, section 2.4);
     - map: attention pooling with one learned query ("Scaling Vision Transformers", Zhai et al. 2022).
+
+    With `class_token` the mean leaves the first token out. `norm` normalises what is pooled (BEiT), and `dense` is a
+    layer with a hyperbolic tangent after that (BERT's "pooler").
     """
 
     kind: str
@@ -24,6 +28,9 @@ class Pool(nn.Module):
     mlp_dim: int
     dtype: jnp.dtype = jnp.float32
     style: Style = PRE_NORM
+    class_token: bool = False
+    norm: bool = False
+    dense: bool = False
 
     @nn.compact
     def __call__(
@@ -31,10 +38,20 @@ class Pool(nn.Module):
         x: Float[Array, "batch tokens embed"],
         valid: Bool[Array, "batch tokens"] | None = None,
     ) -> Float[Array, "batch embed"]:
+        pooled = self._pooled(x, valid)
+        if self.norm:
+            pooled = layer_norm("pool_norm", self.dtype, self.style)(pooled)
+        return nn.tanh(nn.Dense(x.shape[-1], dtype=self.dtype, name="dense")(pooled)) if self.dense else pooled
+
+    def _pooled(self, x: Array, valid: Array | None) -> Array:
         if self.kind == "cls":
             return x[:, 0]
         if self.kind == "last":
             return x[:, -1]
+        if self.kind == "eos":
+            return jnp.take_along_axis(x, valid.sum(axis=1)[:, None, None] - 1, axis=1)[:, 0]
+        if self.kind == "mean" and self.class_token:
+            x = x[:, 1:]
         if self.kind == "mean" and is_explained(self):
             counted = jnp.ones(x.shape[:2], x.dtype) if valid is None else valid.astype(x.dtype)
             weights = counted / jnp.maximum(counted.sum(axis=1, keepdims=True), 1)

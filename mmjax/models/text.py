@@ -9,18 +9,24 @@ from mmjax.sharding.rules import constrain
 
 
 class TextEmbed(nn.Module):
-    """Token embedding plus a learned position embedding; with a post-norm Transformer they are normalised (BERT)."""
+    """Token embedding plus a learned position embedding; with a post-norm Transformer they are normalised (BERT).
+
+    Of several `types` of tokens (BERT's "segments", Devlin et al. 2019, section 3) all are of the first.
+    """
 
     vocab_size: int
     length: int
     width: int
     dtype: jnp.dtype = jnp.float32
     style: Style = PRE_NORM
+    types: int = 0
 
     def setup(self):
         init = nn.initializers.normal(self.width**-0.5)
         self.token_embed = nn.Embed(self.vocab_size, self.width, dtype=self.dtype, embedding_init=init)
         self.position = self.param("position", nn.initializers.normal(0.01), (self.length, self.width))
+        if self.types:
+            self.token_type = self.param("token_type", nn.initializers.normal(0.01), (self.types, self.width))
         if self.style.norm == "post":
             self.norm = layer_norm(None, self.dtype, self.style)
 
@@ -43,6 +49,7 @@ class TextEmbed(nn.Module):
         return self.position.take(places, axis=0, mode="clip").astype(self.dtype)
 
     def _finish(self, x: Array) -> Array:
+        x = x + self.token_type[0].astype(x.dtype) if self.types else x
         return self.norm(x) if self.style.norm == "post" else x
 
 

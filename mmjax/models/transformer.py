@@ -30,12 +30,17 @@ class Style(NamedTuple):
     """What families of Transformers differ in.
 
     `norm`: "pre" normalises what goes into a layer, and once more at the end (ViT, CLIP); "post" the residual stream
-    after each layer (BERT). `epsilon` is that of the normalisations.
+    after each layer (BERT). `epsilon` is that of the normalisations. Without `final_norm` there is none at the end.
+    Without `key_bias` keys are projected without one (BEiT, Whisper). A `layer_scale` other than 0 is what a learned
+    factor of each layer's outputs starts from ("Going deeper with Image Transformers", Touvron et al. 2021, section 2).
     """
 
     norm: str = "pre"
     epsilon: float = 1e-6
     activation: str = "gelu_tanh"
+    final_norm: bool = True
+    key_bias: bool = True
+    layer_scale: float = 0.0
 
 
 PRE_NORM = Style()
@@ -87,14 +92,14 @@ class Block(nn.Module):
         kept: dict[str, Any] = {}
 
         def attend(name: str, tokens: Array) -> Array:
-            attention = Attention(self.heads, self.dtype, name=name)
+            attention = Attention(self.heads, self.dtype, self.style.key_bias, name=name)
             if cache is None:
                 return attention(tokens, mask=mask)
             out, kept["self"] = attention(tokens, mask=mask, cache=cache["self"], position=position)
             return out
 
         def attend_to_context(name: str, tokens: Array) -> Array:
-            attention = Attention(self.heads, self.dtype, name=name)
+            attention = Attention(self.heads, self.dtype, self.style.key_bias, name=name)
             if cache is None:
                 return attention(tokens, context=context)
             out, kept["cross"] = attention(tokens, context=context, cache=cache.get("cross", {}))
@@ -108,12 +113,17 @@ class Block(nn.Module):
         )
         for norm_name, name, layer in layers:
             norm = layer_norm(norm_name, self.dtype, self.style)
-            x = x + layer(name, norm(x)) if self.style.norm == "pre" else norm(x + layer(name, x))
+            pre = self.style.norm == "pre"
+            out = layer(name, norm(x) if pre else x)
+            if self.style.layer_scale:
+                init = nn.initializers.constant(self.style.layer_scale)
+                out = out * self.param(f"{name}_layer_scale", init, out.shape[-1:]).astype(out.dtype)
+            x = x + out if pre else norm(x + out)
         return x, None if cache is None else kept
 
 
 class Transformer(nn.Module):
-    """A stack of blocks and, with `style.norm` "pre", a final normalisation.
+    """A stack of blocks and, with `style.norm` "pre" and `style.final_norm`, a final normalisation.
 
     The blocks' parameters are stacked over a leading layer axis, and so is a `cache`. `unroll` layers are laid out in
     one iteration of the scan (0: all of them); it changes speed and compile time, not parameters.
@@ -152,7 +162,7 @@ class Transformer(nn.Module):
             )
             blocks = block(self.heads, self.mlp_dim, self.dtype, self.cross, self.style, name="blocks")
             x, kept = stack(blocks, x, cache, mask, context, position)
-        if self.style.norm == "pre":
+        if self.style.norm == "pre" and self.style.final_norm:
             x = layer_norm("norm", self.dtype, self.style)(x)
         return x if cache is None else (x, kept)
 

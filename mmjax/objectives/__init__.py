@@ -52,13 +52,13 @@ def parts_read(entry: Mapping[str, Any], model: Mapping[str, Any]) -> tuple[str,
 
 
 def parts_of(config: Mapping[str, Any]) -> frozenset[str]:
-    """The parts of the model (`mmjax.models.multimodal.PARTS`) that a config's objectives read."""
+    """The parts of the model (`mmjax.models.multimodal.PARTS`) that a config's objectives read, and `model.parts`."""
     parts = {part for entry in config["objectives"].values() for part in parts_read(entry, config["model"])}
     inputs = {name for entry in config["streams"].values() for name in entry["inputs"]}
     parts -= {"image"} - inputs
     if "masked" in parts:
         parts.add("text")
-    return frozenset(parts)
+    return frozenset(parts | set(config["model"]["parts"]))
 
 
 def trains_pooling(config: Mapping[str, Any]) -> bool:

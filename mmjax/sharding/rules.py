@@ -18,17 +18,18 @@ from jaxtyping import Array, PyTree
 PARAMETER_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"patch_embed/kernel", (None, "embed")),
     (r"token_embed/embedding", ("vocab", "embed")),
-    (r"position|class_token|probe|start|mask_token", (None, "embed")),
+    (r"position|token_type|class_token|probe|start|mask_token", (None, "embed")),
     (r"(query|key|value)/kernel", ("embed", "heads")),
     (r"(query|key|value)/bias", ("heads",)),
     (r"out/kernel", ("heads", "embed")),
     (r"up/kernel", ("embed", "mlp")),
     (r"up/bias", ("mlp",)),
     (r"down/kernel", ("mlp", "embed")),
-    (r"(\w+_projection|transform|match_head)/kernel", ("embed", None)),
+    (r"(\w+_projection|transform|match_head|dense)/kernel", ("embed", None)),
     (r"vocab", ("vocab", "embed")),
     (r"vocab_bias", ("vocab",)),
-    (r"(patch_embed|out|down|transform|match_head|norm\w*)/bias|norm\w*/scale", (None,)),
+    (r"(\w+_projection|patch_embed|out|down|transform|match_head|dense|\w*norm\w*)/bias", (None,)),
+    (r"\w*norm\w*/scale|\w+_layer_scale", (None,)),
     (r"logit_scale|logit_bias", ()),
 )
 

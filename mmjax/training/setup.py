@@ -214,6 +214,10 @@ def _tokenizer(
         raise UserError(
             f"config.model.encoders.text.pad_id: {encoder.pad_id} is not the padding of {path}, {tokenizer.pad_id}"
         )
+    if encoder.pooling == "eos" and tokenizer.end_id != encoder.end_id:
+        raise UserError(
+            f"config.model.encoders.text.end_id: {encoder.end_id} is not the end token of {path}, {tokenizer.end_id}"
+        )
     if captions and not config.model.decoder.start and tokenizer.start_id is None:
         raise UserError(f"config.model.decoder.start: it is off, and {path} has no start token")
     if captions and tokenizer.end_id in (None, tokenizer.pad_id):
