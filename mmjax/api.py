@@ -8,19 +8,19 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax.core import FrozenDict
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Float, Int, PyTree
 from ml_collections import ConfigDict
 
+from mmjax.building import init_params, make_module
 from mmjax.config import completed, from_plain, suggest
 from mmjax.data import image as image_ops
 from mmjax.data import text as tokenizers
 from mmjax.errors import UserError
+from mmjax.interop import pretrained
 from mmjax.models.generate import Strategy, generate
-from mmjax.models.multimodal import MultimodalModel, Text, tower_size
-from mmjax.objectives import parts_of
+from mmjax.models.multimodal import Text, tower_size
 from mmjax.objectives.captioning import labels_of
 from mmjax.sharding import distributed
 from mmjax.sharding.mesh import make_mesh
@@ -33,21 +33,6 @@ LoadRows = Callable[[np.ndarray], np.ndarray]  # row numbers -> their inputs
 BATCH_SIZE = 256
 
 
-def compute_dtype(config: ConfigDict) -> np.dtype:
-    """The type that the model computes in: bfloat16 on GPU and TPU, float32 on CPU, unless the config says."""
-    name = config.precision.compute
-    if name == "auto":
-        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    return jax.numpy.dtype(name)
-
-
-def make_module(config: ConfigDict) -> MultimodalModel:
-    """The Flax module of a config: the parts of the model that its objectives read."""
-    parallel = any(entry.get("parallel", 0.0) > 0 for entry in config.objectives.values())
-    settings = FrozenDict(config.model.to_dict())
-    return MultimodalModel(settings, compute_dtype(config), parts_of(config), parallel)
-
-
 class Model:
     """A model with its parameters and tokenizer. Embeddings are float32 of unit norm."""
 
@@ -55,7 +40,7 @@ class Model:
         self,
         config: ConfigDict,
         params: PyTree,
-        tokenizer: tokenizers.Tokenizer,
+        tokenizer: tokenizers.Tokenizer | None,
         mesh: Mesh,
         step: int = 0,
         on_batch: Callable[[], None] = lambda: None,
@@ -125,8 +110,18 @@ class Model:
 
     def encode_text(self, texts: Sequence[str]) -> Embeddings:
         """Encodes texts of any length and language; what exceeds the model's length is cut off."""
-        ids = self.tokenizer.encode(list(texts), self.config.model.encoders.text.length)
+        ids = self.token_ids(texts)
         return self.encode_rows("text", len(texts), lambda indices: ids[indices])
+
+    def token_ids(self, texts: Sequence[str]) -> Int[np.ndarray, "texts length"]:
+        """The ids that the text tower reads.
+
+        Raises:
+          UserError: the model came without a tokenizer.
+        """
+        if self.tokenizer is None:
+            raise UserError("this model came without a tokenizer, so it can read ids alone")
+        return self.tokenizer.encode(list(texts), self.config.model.encoders.text.length)
 
     def similarity(
         self, image_embeddings: Embeddings, text_embeddings: Embeddings
@@ -163,7 +158,7 @@ class Model:
         """
         if len(images) != len(texts):
             raise UserError(f"{len(images)} images and {len(texts)} texts are no pairs")
-        ids, rows = self.tokenizer.encode(list(texts), self.config.model.encoders.text.length), np.arange(len(images))
+        ids, rows = self.token_ids(texts), np.arange(len(images))
         return 1 / (1 + np.exp(-self.match_rows(rows, rows, self._loader(images), lambda rows: ids[rows])))
 
     def match_rows(
@@ -358,24 +353,54 @@ class Model:
             yield slice(start, min(start + batch_size, count)), batch
 
 
-def load(workdir: str | Path, step: int | None = None, mesh: Mesh | None = None) -> Model:
-    """Loads the model of a training run.
+def load(
+    source: str | Path,
+    step: int | None = None,
+    mesh: Mesh | None = None,
+    revision: str | None = None,
+    allow_pickle: bool = False,
+) -> Model:
+    """Loads a pretrained model, or that of a training run.
 
     Args:
-      workdir: the run's folder, or that of one of its checkpoints, `RUN/checkpoints/STEP`.
-      step: which checkpoint; the latest by default.
+      source: a model's name on the hub, as in "google/siglip-base-patch16-224"; a folder of Hugging Face's or
+        open_clip's layout, local or remote; or a run's folder, or one of its checkpoints, `RUN/checkpoints/STEP`.
+      step: which checkpoint of a run; the latest by default.
       mesh: where to put it; by default all devices, data-parallel.
+      revision: a branch, tag or commit on the hub.
+      allow_pickle: also reads weights that are a pickle, with torch's reader that runs no code.
 
     Returns:
-      The model, with the averaged parameters where the run keeps an average.
+      The model, with the averaged parameters where a run keeps an average.
 
     Raises:
-      UserError: there is no such run or checkpoint, or the mesh does not divide the model's parameters.
+      UserError: there is no such model, run or checkpoint, its files are damaged or of an unknown family, or the mesh
+        does not divide the model's parameters.
     """
+    mesh = mesh or make_mesh()
+    if _is_run(source):
+        return _load_run(source, step, mesh)
+    if step is not None:
+        raise UserError(f"{source} is no workdir of a run, so it has no checkpoint of step {step}")
+    found = pretrained.load(source, mesh, revision, allow_pickle)
+    return Model(found.config, found.params, found.tokenizer, mesh)
+
+
+def _is_run(source: str | Path) -> bool:
+    """A run's config.json has objectives; a pretrained model's does not. A folder that is not there was to be a run."""
+    path = _run_and_step(source)[0]
+    try:
+        return "objectives" in json.loads((path / "config.json").read_text())
+    except ValueError:
+        return True
+    except OSError:
+        return (path / "checkpoints").is_dir()
+
+
+def _load_run(workdir: str | Path, step: int | None, mesh: Mesh) -> Model:
     workdir, own_step = _run_and_step(workdir)
     step = own_step if step is None else step
     config = load_config(workdir)
-    mesh = mesh or make_mesh()
     check_divides(config.model, mesh.shape["fsdp"], mesh.shape["tensor"])
     steps = checkpoint.agreed_steps(workdir)
     found = max(steps, default=None) if step is None else step
@@ -409,18 +434,6 @@ def _run_and_step(path: str | Path) -> tuple[Path, int | None]:
     path = Path(path)
     is_checkpoint = path.parent.name == "checkpoints" and path.name.isdigit() and not (path / "config.json").exists()
     return (path.parent.parent, int(path.name)) if is_checkpoint else (path, None)
-
-
-def init_params(config: ConfigDict, module: MultimodalModel) -> PyTree:
-    """Random parameters; a function of config.seed alone. Call it under jit and a mesh."""
-    encoders, devices = config.model.encoders, jax.sharding.get_abstract_mesh()
-    rows = devices.shape["data"] * devices.shape["fsdp"]
-    size = encoders.image.image_size
-    batch = {
-        "image": jax.numpy.zeros((rows, size, size, 3), jax.numpy.uint8),
-        "text": jax.numpy.ones((rows, encoders.text.length), jax.numpy.int32),
-    }
-    return module.init(jax.random.key(config.seed), batch)["params"]
 
 
 def _strategy(options: dict[str, Any]) -> Strategy:

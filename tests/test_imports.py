@@ -8,6 +8,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "mmjax"
 PROGRAMS = {"main", "evaluate", "prepare"}
 FORBIDDEN = {
+    "interop": {"training", "evaluators", "api"},
     "sharding": {"models", "objectives", "data", "training", "evaluators", "api", "config"},
     "models": {"data", "objectives", "training", "evaluators", "api"},
     "objectives": {"data", "training", "evaluators", "api"},

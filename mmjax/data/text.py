@@ -23,7 +23,7 @@ from mmjax.data.text_layout import END, PAD, PAD_ID, Layout
 from mmjax.errors import UserError, one_line
 
 # What `load` looks for in a folder, and the only files that a tokenizer_config.json beside them is read for.
-_NAMES = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model")
+FILES = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model")
 _MASKS = ("[MASK]", "<mask>")
 
 
@@ -218,13 +218,13 @@ def load(path: str | Path) -> Tokenizer:
     """
     path = Path(path)
     folder = path if path.is_dir() else path.parent
-    config = text_layout.read_config(folder) if path.is_dir() or path.name in (*_NAMES, "merges.txt") else {}
+    config = text_layout.read_config(folder) if path.is_dir() or path.name in (*FILES, "merges.txt") else {}
     if path.is_dir():
         # Hugging Face reads SigLIP's texts with sentencepiece, whatever else is there.
-        names = ("spiece.model", *_NAMES) if config.get("family") == "Siglip" else _NAMES
+        names = ("spiece.model", *FILES) if config.get("family") == "Siglip" else FILES
         path = next((folder / name for name in names if (folder / name).is_file()), folder / "none")
         if path.name == "none":
-            raise UserError(f"{folder} holds no tokenizer; it has to have one of: {', '.join(_NAMES)}")
+            raise UserError(f"{folder} holds no tokenizer; it has to have one of: {', '.join(FILES)}")
     try:
         return _read(path, path.read_bytes(), config)
     except UserError:

@@ -271,7 +271,7 @@ class MultimodalModel(nn.Module):
         """Runs every part once, to initialise it; returns `encode` of each modality and the logit parameters."""
         out: dict[str, Any] = {name: self.encode(name, batch[name]) for name in self.towers}
         image = out["image"]["tokens"] if "image" in out else None
-        text = Text(batch["text"], *(out["text"][name] if "text" in out else None for name in ("tokens", "valid")))
+        text = Text(batch.get("text"), *(out.get("text", {}).get(name) for name in ("tokens", "valid")))
         if "matching" in self.parts:
             self.match(text, image)
         if "masked" in self.parts:

@@ -55,7 +55,8 @@ def parts_of(config: Mapping[str, Any]) -> frozenset[str]:
     """The parts of the model (`mmjax.models.multimodal.PARTS`) that a config's objectives read, and `model.parts`."""
     parts = {part for entry in config["objectives"].values() for part in parts_read(entry, config["model"])}
     inputs = {name for entry in config["streams"].values() for name in entry["inputs"]}
-    parts -= {"image"} - inputs
+    if config["streams"]:
+        parts -= {"image"} - inputs
     if "masked" in parts:
         parts.add("text")
     return frozenset(parts | set(config["model"]["parts"]))
