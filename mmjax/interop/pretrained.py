@@ -3,7 +3,7 @@
 import json
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -55,7 +55,7 @@ def load(source: str | Path, mesh: Mesh, revision: str | None = None, allow_pick
     with_tokenizer = "text" in config.model.encoders and any(map(folder.has, tokenizers.FILES))
     tokenizer = tokenizers.load(folder.path) if with_tokenizer else None
     tensors, rows = store.open_tensors(folder, allow_pickle), family.table(config)
-    shapes = _shapes(config, mesh)
+    shapes = shapes_of(config, mesh)
     table.check(rows, shapes, tensors, folder.name, family.name)
     params = table.read(rows, tensors, shapes, parameter_shardings(shapes, mesh), folder.name)
     return Pretrained(config, params, tokenizer, family.name)
@@ -105,6 +105,7 @@ def _fitting(config: ConfigDict, name: str) -> Family:
     raise UserError(min(refusals, key=len))
 
 
-def _shapes(config: ConfigDict, mesh: Mesh) -> Any:
+def shapes_of(config: ConfigDict, mesh: Mesh) -> PyTree[jax.ShapeDtypeStruct]:
+    """The shapes of a model's parameters."""
     with jax.set_mesh(mesh):
         return jax.eval_shape(partial(init_params, config, make_module(config)))

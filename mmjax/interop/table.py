@@ -162,10 +162,15 @@ def read(table: Table, tensors: Tensors, shapes: PyTree, shardings: PyTree, sour
         row = rows[path]
         names = _layers(row, target.shape)
 
+        known: dict[str, np.ndarray] = {}
+
         def part(index: tuple[slice, ...]) -> np.ndarray:
-            if LAYER not in row.theirs:
-                return layer(row, names[0])[index]
-            return np.stack([layer(row, name)[index[1:]] for name in names[index[0]]])
+            if (key := str(index)) not in known:  # devices that hold the same share one
+                if LAYER in row.theirs:
+                    known[key] = np.stack([layer(row, name)[index[1:]] for name in names[index[0]]])
+                else:
+                    known[key] = layer(row, names[0])[index]
+            return known[key]
 
         return jax.make_array_from_callback(target.shape, sharding, part)
 
