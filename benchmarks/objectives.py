@@ -39,7 +39,7 @@ RECIPES = {
     "distill_b": "distill_b.py:quickstart",
 }
 # What takes another run's model, and the key of its workdir.
-FROM_ANOTHER = {"lit_b": "init_from.workdir", "distill_b": "teacher.source"}
+FROM_ANOTHER = {"lit_b": "init_from.image.source", "distill_b": "teacher.source"}
 METRICS = {
     "text_to_image_R@1": "eval/test/text_to_image_R@1",
     "image_to_text_R@1": "eval/test/image_to_text_R@1",

@@ -9,7 +9,7 @@ has no projection and no gradient, and the text tower a projection to its width.
 ImageNet-21k, and 60,000 steps on the public CC12M and YFCC100M, it reaches 73.9 % zero-shot ImageNet accuracy
 (LiT-B16B_2 in the authors' big_vision, README_lit.md).
 
-`init` is the workdir of the run that the image tower comes from, whose image encoder has to be the same:
+`init` is the run or the pretrained model that the image tower comes from, whose image encoder has to be the same:
 `runs/siglip_b` if it is not given, and `runs/quickstart` with `quickstart`. `smoke` freezes a random tower unless it
 is given one: it shows that the recipe runs, and learns next to nothing.
 
@@ -29,8 +29,7 @@ def get_config(arg=None):
     config = recipes.start(size)
     config.objectives.contrastive = configs.objective(kind="softmax")
     config.model.encoders.image.projection = False
-    config.init_from.workdir = options.get("init", TOWERS[size])
-    config.init_from.parts = ("image/",)
+    config.init_from.image = configs.init_from(source=options.get("init", TOWERS[size]), parts=("image/",))
     config.optimizer.rules = (("^image/", None, 1.0),)
     if size == "full":
         _as_published(config)

@@ -378,7 +378,7 @@ def load(
         does not divide the model's parameters.
     """
     mesh = mesh or make_mesh()
-    if _is_run(source):
+    if is_run(source):
         return _load_run(source, step, mesh)
     if step is not None:
         raise UserError(f"{source} is no workdir of a run, so it has no checkpoint of step {step}")
@@ -386,48 +386,71 @@ def load(
     return Model(found.config, found.params, found.tokenizer, mesh)
 
 
-def _is_run(source: str | Path) -> bool:
-    """A run's config.json has objectives; a pretrained model's does not. A folder that is not there was to be a run."""
+def is_run(source: str | Path) -> bool:
+    """Whether it is a run's folder, or was to be one: it is there without the files of a pretrained model, or it is
+    neither there nor could be a name on the hub.
+    """
     path = _run_and_step(source)[0]
-    try:
-        return "objectives" in json.loads((path / "config.json").read_text())
-    except ValueError:
-        return True
-    except OSError:
-        return (path / "checkpoints").is_dir()
+    if pretrained.is_folder(path):
+        return False
+    return path.is_dir() or not pretrained.could_be_elsewhere(source)
 
 
-def _load_run(workdir: str | Path, step: int | None, mesh: Mesh) -> Model:
-    workdir, own_step = _run_and_step(workdir)
-    step = own_step if step is None else step
-    config = load_config(workdir)
-    check_divides(config.model, mesh.shape["fsdp"], mesh.shape["tensor"])
-    steps = checkpoint.agreed_steps(workdir)
+def _run_of(source: str | Path, step: int | None) -> tuple[Path, int]:
+    """The folder of a run, and which of its checkpoints is meant."""
+    workdir, own_step = _run_and_step(source)
+    step, steps = own_step if step is None else step, checkpoint.agreed_steps(workdir)
     found = max(steps, default=None) if step is None else step
     if found not in steps:
         which = "" if step is None else f" of step {step}"
         raise UserError(f"{workdir} has no checkpoint{which}; it has: {', '.join(map(str, steps)) or 'none'}")
+    return workdir, found
+
+
+def _load_run(source: str | Path, step: int | None, mesh: Mesh) -> Model:
+    config = load_config(source)
+    check_divides(config.model, mesh.shape["fsdp"], mesh.shape["tensor"])
+    workdir, found = _run_of(source, step)
     with jax.set_mesh(mesh):
         shapes = jax.eval_shape(partial(init_params, config, make_module(config)))
     with checkpoint.Checkpoints(workdir, config, read_only=True) as checkpoints:
         params = checkpoints.restore_params(found, shapes, mesh)
-        tokenizer = tokenizers.from_json(checkpoints.restore_tokenizer(found))
+        saved = checkpoints.restore_tokenizer(found)
+    tokenizer = tokenizers.from_json(saved) if saved else None
     return Model(config, params, tokenizer, mesh, found)
 
 
-def load_config(workdir: str | Path) -> ConfigDict:
-    """The config that a run was started with; its folder is named as in `load`.
+def load_config(source: str | Path, revision: str | None = None) -> ConfigDict:
+    """The config of a model, without its parameters; `source` and `revision` as in `load`.
 
     Raises:
-      UserError: the folder holds no run.
+      UserError: there is no such model.
     """
-    path = _run_and_step(workdir)[0] / "config.json"
+    if not is_run(source):
+        return pretrained.load_config(source, revision)
+    path = _run_and_step(source)[0] / "config.json"
     try:
         return completed(from_plain(json.loads(path.read_text())))
     except OSError as error:
-        raise UserError(f"{workdir} is no workdir of a run: cannot read {path}: {error.strerror}") from error
+        raise UserError(f"{source} is no workdir of a run: cannot read {path}: {error.strerror}") from error
     except ValueError as error:
         raise UserError(f"{path} is damaged: {error}") from error
+
+
+def load_tokenizer(
+    source: str | Path, step: int | None = None, revision: str | None = None
+) -> tokenizers.Tokenizer | None:
+    """The tokenizer of a model, without its parameters; None where there is none. The arguments are those of `load`.
+
+    Raises:
+      UserError: there is no such model.
+    """
+    if not is_run(source):
+        return pretrained.load_tokenizer(source, revision)
+    config, (workdir, found) = load_config(source), _run_of(source, step)
+    with checkpoint.Checkpoints(workdir, config, read_only=True) as checkpoints:
+        saved = checkpoints.restore_tokenizer(found)
+    return tokenizers.from_json(saved) if saved else None
 
 
 def _run_and_step(path: str | Path) -> tuple[Path, int | None]:

@@ -51,7 +51,7 @@ def default() -> ConfigDict:
             },
             "objectives": {},
             "teacher": {"source": "", "step": 0},
-            "init_from": {"workdir": "", "step": 0, "parts": ()},
+            "init_from": {},
             "streams": {},
             "evaluators": {},
             "optimizer": {
@@ -221,6 +221,15 @@ def stream(**fields) -> ConfigDict:
         },
     }
     return ConfigDict(_data() | own | fields)
+
+
+def init_from(**fields) -> ConfigDict:
+    """Parameters of another model that a new run starts from; `source` is what `mmjax.load` takes.
+
+    `parts` are what the paths of the parameters start with, () for all. `allow` names what may be missing or differ
+    there, and is then as this run makes it: starts of paths, and of settings ("model.encoders.image.pooling").
+    """
+    return ConfigDict({"source": "", "step": 0, "revision": "", "parts": (), "allow": ()} | fields)
 
 
 def component(**fields) -> ConfigDict:

@@ -16,6 +16,7 @@ from mmjax.config import (
     UNITS,
     component,
     default,
+    init_from,
     objective,
     stream,
     suggest,
@@ -24,7 +25,7 @@ from mmjax.errors import UserError
 
 SCHEDULES = ("cosine", "linear", "rsqrt", "constant")
 # What tuples hold.
-_NAMES = dict.fromkeys(("captions", "inputs", "modalities", "objectives", "parts"), str)
+_NAMES = dict.fromkeys(("captions", "allow", "inputs", "modalities", "objectives", "parts"), str)
 _ELEMENTS = _NAMES | {"caption_weights": (int, float), "color_jitter": (int, float), "shots": int}
 _ELEMENTS |= {"mean": (int, float), "std": (int, float)}
 _ELEMENTS_NAMED = {key: "names" if kind is str else "numbers" for key, kind in _ELEMENTS.items()}
@@ -59,6 +60,7 @@ def _check_structure(config: ConfigDict) -> None:
         if config.model.get(part):
             template.model[part] = make()
     template.evaluators = config.evaluators  # see check_evaluators
+    template.init_from = {name: init_from() for name in config.init_from}
     for name, entry in config.objectives.items():
         _one_of(entry.get("kind", "?"), OBJECTIVES, f"objectives.{name}.kind")
         template.objectives[name] = objective(kind=entry.kind)
@@ -329,7 +331,7 @@ def _has_embeddings(config: ConfigDict) -> bool:
     """Whether what the image tower pools means something: an objective trains it, or it is taken over."""
     from mmjax.objectives import trains_pooling
 
-    return trains_pooling(config) or bool(config.init_from.workdir)
+    return trains_pooling(config) or any(entry.source for entry in config.init_from.values())
 
 
 def _check_options(entry: ConfigDict, key: str) -> None:

@@ -13,6 +13,8 @@ from mmjax.errors import UserError
 from mmjax.training import loop
 from mmjax.training.feedback import read_metrics
 from mmjax.validation import validate
+from tests.interop import folders
+from tests.interop.test_clip import settings_with
 from tests.programs import ROOT
 
 SMALL = ("clip_b", "siglip_b", "coca_b", "cappa_b", "albef_b", "lit_b", "distill_b")
@@ -57,7 +59,7 @@ def test_sizes_are_valid_and_have_the_same_objectives(recipe, size):
 
 def test_every_recipe_of_a_paper_is_among_these():
     found = {path.stem for path in (ROOT / "configs").glob("*.py")}
-    assert found == {*SMALL, "quickstart", "flickr8k", "vit_b"}
+    assert found == {*SMALL, "quickstart", "flickr8k", "vit_b", "finetune"}
 
 
 def test_an_unknown_argument_names_what_there_is():
@@ -71,7 +73,7 @@ def test_an_unknown_argument_names_what_there_is():
 
 def test_options_go_with_a_size():
     assert load("distill_b", "quickstart,teacher=runs/a").teacher.source == "runs/a"
-    assert load("lit_b", "init=runs/b").init_from.workdir == "runs/b"
+    assert load("lit_b", "init=runs/b").init_from.image.source == "runs/b"
 
 
 @pytest.mark.parametrize("recipe", SMALL)
@@ -95,7 +97,7 @@ def test_what_a_recipe_takes_from_another_run_fits_by_default(size, source, mesh
         return jax.eval_shape(partial(api.init_params, config, api.make_module(config)))["image"]
 
     lit, distill, other = load("lit_b", size), load("distill_b", size), load(source)
-    assert lit.init_from.workdir == distill.teacher.source == f"runs/{source}"
+    assert lit.init_from.image.source == distill.teacher.source == f"runs/{source}"
     assert image_tower(lit) == image_tower(other)
     assert distill.model.embed_dim == other.model.embed_dim
 
@@ -138,7 +140,7 @@ def test_matching_needs_embeddings_that_mean_something():
         del config.objectives[name]
     with pytest.raises(UserError, match="config.objectives.matching: it draws wrong pairs by .* nothing trains"):
         validate(config, 1)
-    config.init_from.workdir = "runs/quickstart"
+    config.init_from.run = configs.init_from(source="runs/quickstart")
     validate(config, 1)
 
 
@@ -168,3 +170,12 @@ def test_an_evaluator_needs_what_an_objective_trains():
     config.evaluators = {"pairs": configs.matching(seed=-1)}
     with pytest.raises(UserError, match="config.evaluators.pairs.seed: -1 is less than 0"):
         validate(config, 1)
+
+
+def test_finetuning_takes_the_model_its_tokenizer_and_its_loss(tmp_path):
+    folder = folders.write(tmp_path / "clip", "clip", settings_with("gelu"))
+    config = load("finetune", str(folder))
+    assert config.model == api.load_config(folder).model and config.objectives.contrastive.kind == "softmax"
+    assert config.init_from.pretrained.source == str(folder) and not config.init_from.pretrained.parts
+    with pytest.raises(UserError, match="configs/finetune.py: name the model to start from"):
+        load("finetune")

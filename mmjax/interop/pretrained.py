@@ -1,6 +1,7 @@
 """Reading a pretrained model's folder of Hugging Face or open_clip, and writing one."""
 
 import json
+import re
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -44,21 +45,55 @@ def load(source: str | Path, mesh: Mesh, revision: str | None = None, allow_pick
       UserError: it cannot be found or read, its family is unknown, or its tensors are not those of its config.
     """
     folder = store.find(source, revision, allow_pickle)
-    family, theirs = family_of(folder)
-    try:
-        config = family.to_config(theirs, {name: folder.read_json(name, optional=True) for name in FILES})
-    except UserError as error:
-        raise UserError(f"{folder.name}: {error}") from None
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{folder.name}: {family.settings} is no {family.name} model's: {one_line(error)}") from error
+    family, config = _config_of(folder)
     check_divides(config.model, mesh.shape["fsdp"], mesh.shape["tensor"])
-    with_tokenizer = "text" in config.model.encoders and any(map(folder.has, tokenizers.FILES))
-    tokenizer = tokenizers.load(folder.path) if with_tokenizer else None
     tensors, rows = store.open_tensors(folder, allow_pickle), family.table(config)
     shapes = shapes_of(config, mesh)
     table.check(rows, shapes, tensors, folder.name, family.name)
     params = table.read(rows, tensors, shapes, parameter_shardings(shapes, mesh), folder.name)
-    return Pretrained(config, params, tokenizer, family.name)
+    return Pretrained(config, params, _tokenizer_of(folder, config), family.name)
+
+
+def load_config(source: str | Path, revision: str | None = None) -> ConfigDict:
+    """The config of a model, as `load` gives it."""
+    return _config_of(store.find(source, revision))[1]
+
+
+def load_tokenizer(source: str | Path, revision: str | None = None) -> tokenizers.Tokenizer | None:
+    """The tokenizer of a model, as `load` gives it."""
+    folder = store.find(source, revision)
+    return _tokenizer_of(folder, _config_of(folder)[1])
+
+
+def is_folder(path: Path) -> bool:
+    """Whether a pretrained model lies there, and not a run, whose config.json has objectives."""
+    try:
+        found = json.loads((path / "config.json").read_text())
+    except ValueError:
+        return False
+    except OSError:
+        found = {}
+    return "objectives" not in found and any((path / family.settings).is_file() for family in FAMILIES.values())
+
+
+def could_be_elsewhere(source: str | Path) -> bool:
+    """Whether it is the address of a remote folder, or could be a name on the hub, "owner/name" or "owner/name@tag"."""
+    return "://" in str(source) or re.fullmatch(r"[\w.-]*\w/[\w.-]+(@[\w./-]+)?", str(source)) is not None
+
+
+def _config_of(folder: store.Folder) -> tuple[Family, ConfigDict]:
+    family, theirs = family_of(folder)
+    try:
+        return family, family.to_config(theirs, {name: folder.read_json(name, optional=True) for name in FILES})
+    except UserError as error:
+        raise UserError(f"{folder.name}: {error}") from None
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{folder.name}: {family.settings} is no {family.name} model's: {one_line(error)}") from error
+
+
+def _tokenizer_of(folder: store.Folder, config: ConfigDict) -> tokenizers.Tokenizer | None:
+    has_one = "text" in config.model.encoders and any(map(folder.has, tokenizers.FILES))
+    return tokenizers.load(folder.path) if has_one else None
 
 
 def save(

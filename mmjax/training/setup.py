@@ -27,11 +27,13 @@ from mmjax.sharding.mesh import make_mesh
 from mmjax.sharding.rules import batch_sharding
 from mmjax.training import feedback
 from mmjax.training.checkpoint import Checkpoints, DamagedCheckpoint, agreed_steps, space
-from mmjax.training.init_from import replacing, taken_over
+from mmjax.training.init_from import Taken, replacing, taken_over, tokenizer_of
 from mmjax.training.optimizer import in_steps, learning_rate_schedule, make_optimizer
 from mmjax.training.state import TrainState, make_state, state_shardings, with_shardings
 from mmjax.training.step import make_train_step
 from mmjax.training.teacher import make_teacher, resolve
+
+_WHOLE = "tokenizer.mmjax.json"  # in a workdir: a tokenizer that was no single file
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,9 @@ def prepare(config: ConfigDict, workdir: Path, beat: Callable[[], None] = lambda
         shapes = jax.eval_shape(make)
     if not saved:
         _check_space(workdir, shapes)
-    taken = {} if saved else taken_over(config.init_from, shapes.params, mesh)
+    taken = Taken({}) if saved else taken_over(config, shapes.params, mesh)
+    for line in taken.report:
+        feedback.say(line)
     shardings = state_shardings(shapes, mesh)
     train_step = jax.jit(
         make_train_step(config, module, optimizer, schedule, vocabulary, teacher),
@@ -109,7 +113,7 @@ def prepare(config: ConfigDict, workdir: Path, beat: Callable[[], None] = lambda
         steps=steps,
         model_parameters=sum(leaf.size for leaf in jax.tree.leaves(shapes.params)),
         target=with_shardings(shapes, shardings),
-        make_state=replacing(jax.jit(make, out_shardings=shardings), taken),
+        make_state=replacing(jax.jit(make, out_shardings=shardings), taken.params),
         train_step=partial(train_step, teacher_params=teacher.params) if teacher and teacher.params else train_step,
         evaluation=evaluation,
     )
@@ -191,7 +195,8 @@ def _tokenizer(
     opened: Mapping[str, Mapping[str, sources.Source]],
     progress: Callable,
 ) -> text.Tokenizer:
-    """The tokenizer of the config, or the one that the first stream's source comes with, or one learned from it.
+    """The tokenizer of the config; or that of the model whose token embeddings are taken over; or the one that the
+    first stream's source comes with; or one learned from it.
 
     It is copied into the workdir.
 
@@ -202,13 +207,20 @@ def _tokenizer(
     with_text = [(name, entry) for name, entry in config.streams.items() if "text" in entry.inputs]
     name, entry = (with_text or [*config.streams.items()])[0]
     groups = tuple(entry.preprocess.captions)
+    copy = workdir / _WHOLE
+    if not encoder.tokenizer and resumed and copy.exists():
+        taken: text.Tokenizer | None = text.from_json(json.loads(copy.read_bytes()))
+    else:
+        taken = None if encoder.tokenizer else tokenizer_of(config)
     path = encoder.tokenizer or sources.tokenizer_path(entry.source, groups)
     if not path and resumed:
         path = workdir / "tokenizer.json"  # what was learned at the start
-    if not path:
+    if taken is not None:
+        path = copy
+    elif not path:
         room = encoder.vocab_size - ("masked" in parts_of(config))  # one token is the mask
         path = vocabulary.learn(opened[name], groups, room, progress)
-    tokenizer = text.load(path)
+    tokenizer = taken or text.load(path)
     captions = "decoder" in parts_of(config)
     if (encoder.mask_padding or captions) and tokenizer.pad_id != encoder.pad_id:
         raise UserError(
@@ -230,8 +242,8 @@ def _tokenizer(
             f"config.model.encoders.text.vocab_size: {encoder.vocab_size} is less than the {tokenizer.vocab_size} "
             f"tokens of {path}"
         )
-    if Path(path).is_dir():
-        copy, content = workdir / "tokenizer.mmjax.json", json.dumps(tokenizer.to_json()).encode()
+    if taken is not None or Path(path).is_dir():
+        content = json.dumps(tokenizer.to_json()).encode()
     else:
         copy, content = workdir / f"tokenizer{Path(path).suffix}", Path(path).read_bytes()
     if resumed and copy.exists() and copy.read_bytes() != content:

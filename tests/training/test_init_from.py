@@ -6,11 +6,14 @@ import jax
 import numpy as np
 import pytest
 
+from mmjax import api
+from mmjax import config as configs
 from mmjax.errors import UserError
 from mmjax.sharding.rules import path_name
 from mmjax.training import setup
 from mmjax.training.checkpoint import Checkpoints
 from tests import tiny
+from tests.interop import folders
 
 
 def save(run, state):
@@ -36,8 +39,7 @@ def another(source, *parts, **changes):
     """A config with another seed, another mesh and a moving average, which takes over these parts."""
     config = tiny.get_config()
     config.seed, config.mesh.fsdp, config.train.ema_decay = 1, 2, 0.9
-    config.init_from.workdir, config.init_from.parts = str(source[0]), parts
-    config.init_from.update(changes)
+    config.init_from.run = configs.init_from(source=str(source[0]), parts=parts, **changes)
     return config
 
 
@@ -47,7 +49,7 @@ def test_parts_are_those_of_the_other_run_and_the_rest_is_new(source, tmp_path):
         state = run.make_state()
     assert int(state.step) == 0
     alone = another(source)
-    alone.init_from.workdir = ""
+    alone.init_from.run.source = ""
     plain = setup.prepare(alone, tmp_path / "plain")
     with jax.set_mesh(plain.mesh):
         new = arrays(plain.make_state().params)
@@ -85,14 +87,85 @@ def test_what_does_not_fit_is_named(source, tmp_path):
             setup.prepare(config, tmp_path)
 
     refused(
-        another(source, "imag/"), r'init_from.parts: no parameter\'s path starts with "imag/"; did you mean "image/"'
+        another(source, "imag/"),
+        r'init_from.run: parts: no parameter\'s path starts with "imag/"; did you mean "image/"',
     )
-    refused(another(source), r'init_from.parts: no parameter\'s path starts with ""; known: image/, image_projection/')
-    refused(another(source, "image/", step=3), r"init_from.workdir: .* has no checkpoint of step 3; it has: 7")
-    refused(another((tmp_path / "none",), "image/"), r"init_from.workdir: .*none is no workdir of a run")
+    refused(another(source, "image/", step=3), r"init_from.run: .* has no checkpoint of step 3; it has: 7")
+    refused(another((tmp_path / "none",), "image/"), r"init_from.run: .*none is no workdir of a run")
     wider = another(source, "text/")
-    wider.model.encoders.text.length = 12
-    refused(wider, r"init_from.workdir: in .* text/embed/position is \[8, 32\], and here it is \[12, 32\]")
+    wider.model.encoders.text.mlp_dim = 48
+    refused(
+        wider,
+        r"text.mlp_dim is 64 there, .* 48; text/transformer/blocks/mlp/down/kernel is \[2, 64, 32\] there, and",
+    )
     pooled = another(source, "text/")
     pooled.model.encoders.text.pooling = "map"
-    refused(pooled, r"init_from.workdir: in .* there is no text/pool/\S+, and here it is \[")
+    refused(
+        pooled, r"init_from.run: .*model.encoders.text.pooling is 'mean' there, and here it is 'map'; there is no text/"
+    )
+    activated = another(source, "image/")
+    activated.model.encoders.image.activation = "quick_gelu"
+    refused(
+        activated, r"encoders.image.activation is 'gelu_tanh' there, and here it is 'quick_gelu'\. What is to differ"
+    )
+    twice = another(source, "image/")
+    twice.init_from.again = configs.init_from(source=str(source[0]), parts=("image/pool/",))
+    refused(twice, r"image/pool/\S+ is taken over by another entry too")
+
+
+def taken(config, tmp_path):
+    run = setup.prepare(config, tmp_path)
+    with jax.set_mesh(run.mesh):
+        return run, arrays(run.make_state().params)
+
+
+def test_what_is_allowed_to_differ_is_new(source, tmp_path, capsys):
+    config = another(source, "text/", allow=("text/pool/", "model.encoders.text.pooling"))
+    config.model.encoders.text.pooling = "map"
+    params = taken(config, tmp_path)[1]
+    np.testing.assert_array_equal(params["text/embed/position"], source[1]["text/embed/position"])
+    assert "text/pool/probe" in params
+    said = " ".join(capsys.readouterr().err.split())
+    assert "init_from.run: 20 arrays" in said and "new here: text/pool/attention/key/bias, " in said
+    assert "left there: image, image_projection, logit_bias, logit_scale, text_projection" in said
+
+
+def test_positions_follow_the_resolution_and_the_length(source, tmp_path, capsys):
+    config = another(source)  # all parts
+    config.model.encoders.image.image_size, config.model.encoders.text.length = 56, 12
+    params = taken(config, tmp_path)[1]
+    assert params["image/positions/position"].shape == (16, 32) and params["text/embed/position"].shape == (12, 32)
+    corner = source[1]["image/positions/position"][0]
+    near = params["image/positions/position"][0]
+    assert np.corrcoef(corner, near)[0, 1] > 0.9  # interpolated, not drawn anew
+    np.testing.assert_allclose(params["text/embed/position"][0], source[1]["text/embed/position"][0], rtol=1e-5)
+    assert "resized: image/positions/position [4, 32] to [16, 32]" in " ".join(capsys.readouterr().err.split())
+    config.model.encoders.text.length = 6
+    shorter = taken(config, tmp_path / "shorter")[1]["text/embed/position"]
+    np.testing.assert_array_equal(shorter, source[1]["text/embed/position"][:6])
+
+
+CLIP = {
+    "model_type": "clip",
+    "projection_dim": 16,
+    "text_config": {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2}
+    | {"vocab_size": 120, "max_position_embeddings": 8, "eos_token_id": 1},
+    "vision_config": {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2}
+    | {"image_size": 28, "patch_size": 14},
+}
+
+
+def test_a_run_starts_from_a_pretrained_folder_tower_by_tower(source, tmp_path):
+    """CLIP's image tower, and the text tower of a run with its tokenizer."""
+    folder = folders.write(tmp_path / "clip", "clip", CLIP)
+    config = another(source, "text/")
+    config.model = api.load_config(folder).model
+    config.model.encoders.text = api.load_config(source[0]).model.encoders.text
+    config.init_from.clip = configs.init_from(source=str(folder), parts=("image/", "image_projection/"))
+    run, params = taken(config, tmp_path / "run")
+    np.testing.assert_array_equal(
+        params["image/class_token"][0], folders.filled("vision_model.embeddings.class_embedding", (32,))
+    )
+    np.testing.assert_array_equal(params["text/embed/position"], source[1]["text/embed/position"])
+    assert run.tokenizer.to_json() == api.load_tokenizer(source[0]).to_json()
+    assert (run.workdir / "tokenizer.mmjax.json").exists()
