@@ -25,6 +25,7 @@ _WEIGHTS = (
 _PICKLES = ("pytorch_model.bin", "open_clip_pytorch_model.bin")
 # What a trainer leaves beside the weights.
 _NO_WEIGHTS = ("optimizer.pt", "scheduler.pt", "scaler.pt")
+_TIMEOUT_SECONDS = 10
 _SHARD = re.compile(r"[^/]+-\d+-of-\d+\.(safetensors|bin)")
 
 
@@ -100,40 +101,54 @@ def download(name: str, revision: str | None, source: str, allow_pickle: bool) -
       UserError: the hub has it not or does not give it, or cannot be reached and the cache has it not.
     """
     import huggingface_hub
-    from huggingface_hub import errors
 
-    get = huggingface_hub.snapshot_download
     try:
-        names = huggingface_hub.HfApi().list_repo_files(name, revision=revision)
-        # A name is a pattern there too.
-        wanted = [glob.escape(each) for each in _wanted(names, source, allow_pickle)]
-        return Path(get(name, revision=revision, allow_patterns=wanted))
-    except UserError:
-        raise
-    except errors.GatedRepoError as error:
-        raise UserError(
-            f"{source}: the hub gives it to those who agreed to its terms: do so on its page, then `hf auth login`"
-        ) from error
-    except errors.RepositoryNotFoundError as error:
-        raise UserError(
-            f"there is no folder {source}, and no such model on the hub; if it is private there, `hf auth login`"
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise UserError(f"{source}: the hub has no revision {revision!r} of it") from error
-    except errors.HFValidationError as error:
-        raise UserError(f"there is no folder {source}, and a model on the hub has no such name") from error
+        # Asked once and not for long: other calls try a hub that cannot be reached again and again.
+        found = huggingface_hub.HfApi().model_info(name, revision=revision, timeout=_TIMEOUT_SECONDS)
     except Exception as error:  # each version of the library raises others where there is no connection
+        _tell_refusal(error, source, revision)
+        return _cached(name, revision, source, error)
+    wanted = _wanted([file.rfilename for file in found.siblings or ()], source, allow_pickle)
+    try:
+        # Names are patterns there.
+        patterns = [glob.escape(each) for each in wanted]
+        return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except Exception as error:
         if isinstance(error, OSError) and error.errno in NO_SPACE:
             raise
-        reason = error
+        _tell_refusal(error, source, revision)
+        raise UserError(f"{source}: downloading stopped, and goes on the next time: {one_line(error)}") from error
+
+
+def _tell_refusal(error: Exception, source: str, revision: str | None) -> None:
+    """Raises UserError where it is the hub that said no."""
+    from huggingface_hub import errors
+
+    reasons = {  # a gated model is one that is not found, so it comes first
+        errors.GatedRepoError: "it is for those who agreed to its terms: do so on its page, then `hf auth login`",
+        errors.RepositoryNotFoundError: "no such folder, and no such model on the hub; if it is private, `hf auth login`",
+        errors.RevisionNotFoundError: f"the hub has no revision {revision!r} of it",
+        errors.HFValidationError: "no such folder, and no name that a model on the hub can have",
+    }
+    for kind, reason in reasons.items():
+        if isinstance(error, kind):
+            raise UserError(f"{source}: {reason}") from error
+
+
+def _cached(name: str, revision: str | None, source: str, reason: Exception) -> Path:
+    """What the hub's cache has, since the hub was not reached for this reason."""
+    import huggingface_hub
+    from huggingface_hub import errors
+
     try:
-        return Path(
-            get(name, revision=revision, local_files_only=True, allow_patterns=_SMALL, ignore_patterns=_NOT_SMALL)
+        folder = huggingface_hub.snapshot_download(
+            name, revision=revision, local_files_only=True, allow_patterns=[*_SMALL], ignore_patterns=[*_NOT_SMALL]
         )
     except errors.LocalEntryNotFoundError as error:
         offline = isinstance(reason, errors.OfflineModeIsEnabled)
-        why = "HF_HUB_OFFLINE is set" if offline else f"the hub cannot be reached ({one_line(reason)})"
-        raise UserError(f"there is no folder {source}, its files are not in the hub's cache, and {why}") from error
+        why = "HF_HUB_OFFLINE is set" if offline else f"the hub cannot be reached: {one_line(reason)}"
+        raise UserError(f"{source}: no such folder, it is not in the hub's cache, and {why}") from error
+    return Path(folder)
 
 
 def copy_folder(address: str, allow_pickle: bool) -> Path:

@@ -77,8 +77,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.server.asked.append((self.command, path))
         for revision, commit in COMMITS.items():
             for label in (revision, commit):
-                if path == f"/api/models/{NAME}/revision/{label}":
-                    return self.send_json({"id": NAME, "sha": commit, "siblings": []})
+                default = revision == "main" and path == f"/api/models/{NAME}"
+                if default or path == f"/api/models/{NAME}/revision/{label}":
+                    names = [{"rfilename": name} for name in self.server.files]
+                    return self.send_json({"id": NAME, "sha": commit, "siblings": names})
                 if path == f"/api/models/{NAME}/tree/{label}":
                     return self.send_json([self.entry(*item) for item in self.server.files.items()])
                 start = f"/{NAME}/resolve/{label}/"
@@ -102,6 +104,9 @@ class _Handler(BaseHTTPRequestHandler):
         return self.send(200, json.dumps(content).encode(), {"Content-Type": "application/json"}, True)
 
     def send_file(self, name, commit, body):
+        if self.server.refusal_of_files:
+            code = self.server.refusal_of_files
+            return self.send(403, b"", {"X-Error-Code": code, "X-Error-Message": "no"}, body)
         content = self.server.files[name]
         etag = f'"{blob_name(name, content)}"'
         self.send(200, self.server.sent.get(name, content), {"X-Repo-Commit": commit, "ETag": etag}, body)
@@ -124,10 +129,12 @@ def hub(files, cache):
     """A hub that has these files (content by name) as the model NAME, in all COMMITS.
 
     Yields:
-      Its server: `asked` is what it was asked, `sent` what it gives in place of a file, `refusal` how it refuses all.
+      Its server: `asked` is what it was asked, `sent` what it gives in place of a file, `refusal` and
+      `refusal_of_files` how it refuses all, or the files alone.
     """
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
-    server.files, server.asked, server.sent, server.refusal = files, [], {}, ""
+    server.files, server.asked, server.sent = files, [], {}
+    server.refusal = server.refusal_of_files = ""
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
     thread.start()
     try:

@@ -199,7 +199,9 @@ def test_a_model_is_downloaded_once(tmp_path, files):
             patch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{server.server_port}")
             assert store.find("owner/model").path == found.path
             assert_values(store.find("owner/model@v1"))
-            with pytest.raises(UserError, match="owner/other, its files are not in the hub's cache, and") as error:
+            with pytest.raises(
+                UserError, match="owner/other: no such folder, it is not in the hub's cache, and"
+            ) as error:
                 store.find("owner/other")
             assert ("HF_HUB_OFFLINE is set" if offline else "the hub cannot be reached") in str(error.value)
 
@@ -212,16 +214,25 @@ def test_names_that_look_like_patterns(tmp_path, files):
 
 def test_what_the_hub_refuses(tmp_path, files):
     with fake_hub.hub(files, tmp_path / "hub") as server:
-        with pytest.raises(UserError, match="there is no folder owner/other, and no such model on the hub"):
+        with pytest.raises(UserError, match="owner/other: no such folder, and no such model on the hub"):
             store.find("owner/other")
         with pytest.raises(UserError, match="owner/model@v3: the hub has no revision 'v3'"):
             store.find("owner/model@v3")
-        with pytest.raises(UserError, match="a model on the hub has no such name"):
+        with pytest.raises(UserError, match="no name that a model on the hub can have"):
             store.find("owner/model--x..")
         server.refusal = "GatedRepo"
         with pytest.raises(UserError, match="owner/model: .*agreed to its terms"):
             store.find("owner/model")
-        server.refusal = ""
+        server.refusal, server.refusal_of_files = "", "GatedRepo"  # so the hub itself does: its lists are for all
+        with pytest.raises(UserError, match="owner/model: .*agreed to its terms"):
+            store.find("owner/model")
+        assert [path for _, path in server.asked if "/resolve/" in path]
+        server.asked.clear()
+        server.refusal_of_files = "Other"
+        with pytest.raises(UserError, match="owner/model: downloading stopped"):
+            store.find("owner/model")
+        server.asked.clear()
+        server.refusal_of_files = ""
         for name in list(files):
             if name.endswith(".safetensors") and "/" not in name:
                 del files[name]
