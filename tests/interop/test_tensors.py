@@ -2,6 +2,7 @@
 
 import json
 import math
+import tracemalloc
 
 import ml_dtypes
 import numpy as np
@@ -58,17 +59,17 @@ def test_big_endian_and_foreign_arrays_are_written_as_values(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
 
 
-def test_names_are_known_without_the_data(tmp_path):
-    header = {"large": {"dtype": "F32", "shape": [2**30], "data_offsets": [0, 2**32]}}
-    path = tmp_path / "model.safetensors"
-    path.write_bytes(file_of(header))
-    with path.open("r+b") as file:
-        file.truncate(path.stat().st_size + 2**32)  # sparse: 4 GiB that lie nowhere
-    found = read_safetensors(path, "here")
-    assert found.names() == {"large": ((2**30,), "F32")}
-    assert found.get("large")[-1] == 0
-    with pytest.raises(UserError, match="here has no tensor 'small'"):
-        found.get("small")
+def test_data_is_not_brought_to_memory(tmp_path):
+    save_tensors(tmp_path / "model.safetensors", {"large": np.ones(2**22, np.float32), "small": np.ones(1, np.float32)})
+    tracemalloc.start()
+    found = read_safetensors(tmp_path / "model.safetensors", "here")
+    assert found.names() == {"large": ((2**22,), "F32"), "small": ((1,), "F32")}
+    assert found.get("large")[-1] == 1
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**20 < found.get("large").nbytes
+    with pytest.raises(UserError, match="here has no tensor 'other'"):
+        found.get("other")
 
 
 def test_a_tensor_that_is_not_aligned(tmp_path):
@@ -166,7 +167,7 @@ def read_all_or_refuse(path):
         assert value.shape == shape and value.dtype == DTYPES[dtype]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(header=HEADERS, data=st.binary(max_size=24))
 def test_hostile_headers_are_refused_or_right(tmp_path_factory, header, data):
     path = tmp_path_factory.getbasetemp() / "hostile.safetensors"
@@ -175,7 +176,7 @@ def test_hostile_headers_are_refused_or_right(tmp_path_factory, header, data):
     read_all_or_refuse(path)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_files_with_changed_bytes_are_refused_or_right(tmp_path_factory, data):
     folder = tmp_path_factory.getbasetemp()
@@ -210,26 +211,14 @@ def test_shards_there_and_back(tmp_path):
 
 
 def test_tensors_made_one_by_one_are_not_kept(tmp_path):
-    import weakref
-
-    alive, most = weakref.WeakSet(), 0
-
-    class Array(np.ndarray):
-        pass
-
-    def pairs():
-        nonlocal most
-        for index in range(12):
-            array = np.full(4, index, np.float32).view(Array)
-            alive.add(base := array)
-            most = max(most, len(alive))
-            yield f"{index:02d}", base
-            del array, base
-
-    # `np.asarray` gives a view that holds on to the array, which is then counted.
-    save_tensors(tmp_path / "model.safetensors", pairs(), max_shard_bytes=48)
-    assert len(list(tmp_path.glob("*-of-00004.safetensors"))) == 4
-    assert most <= 3 + 3 + 1
+    size = 2**20
+    pairs = ((f"{index:02d}", np.full(size, index, np.uint8)) for index in range(24))
+    tracemalloc.start()
+    save_tensors(tmp_path / "model.safetensors", pairs, max_shard_bytes=3 * size)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(list(tmp_path.glob("*-of-00008.safetensors"))) == 8
+    assert peak < 5 * size  # a file's three, and the first of the next
 
 
 def test_index_that_does_not_fit_its_files(tmp_path):
@@ -243,7 +232,7 @@ def test_index_that_does_not_fit_its_files(tmp_path):
     for weight_map in (None, [], {}, "x"):
         refused("has no weight_map", weight_map=weight_map)
     refused("has no weight_map", metadata=3)
-    refused("total|promises 161 bytes of tensors, and its files hold 160", metadata={"total_size": 161})
+    refused("promises 161 bytes of tensors, and its files hold 160", metadata={"total_size": 161})
     for file in ("../model.safetensors", "/etc/passwd", "model.bin", 5, None):
         refused("which is no safetensors file beside it", weight_map={"layer.0": file})
     refused(f"{files[1]} has the tensor 'layer.0', and it has not", weight_map={"layer.0": files[1]})
