@@ -126,7 +126,7 @@ def _tell_refusal(error: Exception, source: str, revision: str | None) -> None:
 
     reasons = {  # a gated model is one that is not found, so it comes first
         errors.GatedRepoError: "it is for those who agreed to its terms: do so on its page, then `hf auth login`",
-        errors.RepositoryNotFoundError: "no such folder, nor such a model on the hub; if it is private, `hf auth login`",
+        errors.RepositoryNotFoundError: "no such folder nor model on the hub; if it is private there, `hf auth login`",
         errors.RevisionNotFoundError: f"the hub has no revision {revision!r} of it",
         errors.HFValidationError: "no such folder, and no name that a model on the hub can have",
     }

@@ -247,6 +247,7 @@ def save_tensors(
             _write(temporary, group, metadata)
             written.append(temporary)
             sizes.append({name: (array.nbytes, array.size) for name, array in group.items()})
+            group.clear()  # before the next file's are made
         stale = path if len(written) > 1 else index_path
         if stale.exists():
             raise UserError(f"{stale} is there from another model: remove it first")

@@ -214,7 +214,7 @@ def test_names_that_look_like_patterns(tmp_path, files):
 
 def test_what_the_hub_refuses(tmp_path, files):
     with fake_hub.hub(files, tmp_path / "hub") as server:
-        with pytest.raises(UserError, match="owner/other: no such folder, nor such a model on the hub"):
+        with pytest.raises(UserError, match="owner/other: no such folder nor model on the hub"):
             store.find("owner/other")
         with pytest.raises(UserError, match="owner/model@v3: the hub has no revision 'v3'"):
             store.find("owner/model@v3")
