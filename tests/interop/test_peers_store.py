@@ -6,12 +6,17 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch")
-safetensors_torch = pytest.importorskip("safetensors.torch")
+pytest.importorskip("torch")
+pytest.importorskip("safetensors")
+
+import safetensors
+import safetensors.torch as safetensors_torch
+import torch
 
 from mmjax.errors import UserError
 from mmjax.interop import pickles, store
 from mmjax.interop.tensors import DTYPES, read_safetensors, save_tensors
+from tests.data.make_goldens_image import import_torchvision
 
 TORCH = {name: getattr(torch, theirs) for theirs, name in pickles._DTYPES.items()}
 
@@ -48,7 +53,7 @@ def test_safetensors_reads_what_we_write(tmp_path):
     for name, value in EVERY.items():
         assert theirs[name].dtype == TORCH[name] and theirs[name].shape == value.shape
         assert theirs[name].view(torch.uint8).numpy().tobytes() == value.tobytes()
-    with pytest.importorskip("safetensors").safe_open(tmp_path / "model.safetensors", "pt") as file:
+    with safetensors.safe_open(tmp_path / "model.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"}
 
 
@@ -86,6 +91,10 @@ def test_the_same_files_are_refused(tmp_path):
 
 def test_transformers_reads_our_shards_and_we_read_theirs(tmp_path):
     transformers = pytest.importorskip("transformers")
+    try:
+        import_torchvision()
+    except ImportError as error:
+        pytest.skip(str(error))
     torch.manual_seed(0)
     settings = transformers.BertConfig(
         vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
