@@ -69,7 +69,7 @@ def verify(folder: Path, names: Iterable[str], source: str) -> None:
         expected = {sums[name]: f"its line in {FILE}"} if name in sums else {}
         real = Path(os.path.realpath(path))
         if real.parent.name == "blobs" and _DIGEST.fullmatch(real.name):
-            expected[real.name] = "its checksum on the hub; remove it from the hub's cache to get it anew"
+            expected[real.name] = f"its checksum on the hub; remove {real} to get it anew"
         for digest, what in expected.items():
             try:
                 right = _matches(real, digest)

@@ -100,6 +100,7 @@ def test_truncated_files_say_how_much_is_there(tmp_path):
         (b"{", "its header is no JSON"),
         (b"\xff", "its header is no JSON"),
         (b"[" * 100_000, "its header is no JSON"),
+        (b'{"a": ' + b"1" * 5000 + b"}", "its header is no JSON"),  # more digits than Python reads
         (b'{"a": ' + json.dumps(ENTRY).encode() + b', "a": ' + json.dumps(ENTRY).encode() + b"}", "'a' is there twice"),
         ({"a": 1}, "tensor 'a': its entry has not a dtype"),
         ({"a": ENTRY | {"data_offsets": [0]}}, "tensor 'a': its entry has not a dtype"),
@@ -170,8 +171,7 @@ def read_all_or_refuse(path):
 @given(header=HEADERS, data=st.binary(max_size=24))
 def test_hostile_headers_are_refused_or_right(tmp_path_factory, header, data):
     path = tmp_path_factory.getbasetemp() / "hostile.safetensors"
-    text = json.dumps(header, default=str).replace(str(10**3000), "1" * 5000)
-    path.write_bytes(file_of(text.encode(), data))
+    path.write_bytes(file_of(header, data))
     read_all_or_refuse(path)
 
 
