@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from mmjax.errors import RecordError, UserError, one_line
 
@@ -185,18 +186,30 @@ def _remote(address: str) -> list[str]:
     import fsspec
 
     scheme = address.partition("://")[0]
-    try:
+    with reading(address):
         system, path = fsspec.core.url_to_fs(address)
         is_pattern = glob.has_magic(path) and not scheme.startswith("http")  # a "?" begins a query there
         names = sorted(system.glob(path)) if is_pattern else [path] * system.exists(path)
-        return [_copy(system, scheme, name) for name in names]
+        return [copied(system, scheme, name) for name in names]
+
+
+@contextmanager
+def reading(address: str) -> Iterator[None]:
+    """Tells what goes wrong with a remote address in one line.
+
+    Raises:
+      UserError: something was raised; but for a full disk, which stays the OSError that it is.
+    """
+    try:
+        yield
     except Exception as error:  # of the kinds that fsspec's packages raise there is no list
         if isinstance(error, UserError) or (isinstance(error, OSError) and error.errno in NO_SPACE):
             raise
         raise UserError(f"cannot read {address!r}: {one_line(error)}") from error
 
 
-def _copy(system, scheme: str, name: str) -> str:
+def copied(system: Any, scheme: str, name: str) -> str:
+    """The copy in the cache of a file on a file system of fsspec; a new version there is another copy."""
     details = system.info(name)
     version = fingerprint(scheme, name, [str(details.get(key)) for key in ("size", "etag", "ETag", "mtime", "md5Hash")])
     target = cache_folder("remote", version) / name.rstrip("/").rpartition("/")[2]

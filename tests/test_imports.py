@@ -9,10 +9,10 @@ PACKAGE = Path(__file__).parent.parent / "mmjax"
 PROGRAMS = {"main", "evaluate", "prepare", "convert"}
 FORBIDDEN = {
     "interop": {"training", "evaluators", "api"},
-    "sharding": {"models", "objectives", "data", "training", "evaluators", "api", "config"},
-    "models": {"data", "objectives", "training", "evaluators", "api"},
-    "objectives": {"data", "training", "evaluators", "api"},
-    "data": {"models", "objectives", "training", "evaluators", "api", "sharding"},
+    "sharding": {"models", "objectives", "data", "training", "evaluators", "api", "config", "interop"},
+    "models": {"data", "objectives", "training", "evaluators", "api", "interop"},
+    "objectives": {"data", "training", "evaluators", "api", "interop"},
+    "data": {"models", "objectives", "training", "evaluators", "api", "sharding", "interop"},
     "evaluators": {"models", "objectives", "training", "sharding"},
     "report": {"models", "objectives", "data", "training", "evaluators", "sharding", "api"},
 }
