@@ -45,14 +45,7 @@ def quantized(params: PyTree[Float[Array, "..."]], weights: str, mesh: Mesh) -> 
 
     def smaller(path: tuple, value: Array, sharding: NamedSharding) -> Array | QuantizedArray:
         axis = _input_axis(path_name(path), value.ndim)
-        if axis is None:
-            return value
-        if weights == "bfloat16":
-            return jax.jit(lambda x: x.astype(jnp.bfloat16), out_shardings=sharding)(value)
-        spec = [*sharding.spec, *[None] * (value.ndim - len(sharding.spec))]
-        spec[axis] = None
-        places = QuantizedArray(sharding, NamedSharding(mesh, P(*spec)))
-        return jax.jit(partial(_to_int8, axis=axis), out_shardings=places)(value)
+        return value if axis is None else _smaller(value, weights, axis, sharding)
 
     return jax.tree_util.tree_map_with_path(smaller, params, parameter_shardings(params, mesh))
 
@@ -69,7 +62,15 @@ def _input_axis(path: str, rank: int) -> int | None:
     return INPUT_AXES.get(path.rpartition("/")[2]) if rank == matrix_rank else None
 
 
-def _to_int8(x: Float[Array, "*shape"], axis: int) -> QuantizedArray:
+@partial(jax.jit, static_argnames=("weights", "axis", "sharding"))
+def _smaller(
+    x: Float[Array, "*shape"], weights: str, axis: int, sharding: NamedSharding
+) -> Float[Array, "*shape"] | QuantizedArray:
+    constrain = jax.lax.with_sharding_constraint
+    if weights == "bfloat16":
+        return constrain(x.astype(jnp.bfloat16), sharding)
+    spec = [*sharding.spec, *[None] * (x.ndim - len(sharding.spec))]
+    spec[axis] = None
     scale = jnp.max(jnp.abs(x), axis=axis, keepdims=True) / LARGEST
-    values = jnp.round(x / jnp.where(scale > 0, scale, 1))
-    return QuantizedArray(values.astype(jnp.int8), scale)
+    values = jnp.round(x / jnp.where(scale > 0, scale, 1)).astype(jnp.int8)
+    return QuantizedArray(constrain(values, sharding), constrain(scale, NamedSharding(sharding.mesh, P(*spec))))

@@ -40,5 +40,5 @@ class QuantizedArray:
 
     def take(self, indices: Int[Array, "*indices"], axis: int) -> "QuantizedArray":
         """The entries along an axis, as `jax.Array.take`; the rest does not become floats."""
-        scale = self.scale if self.scale.shape[axis] == 1 else self.scale.take(indices, axis)
-        return QuantizedArray(self.values.take(indices, axis), scale)
+        own = jnp.zeros_like(indices) if self.scale.shape[axis] == 1 else indices
+        return QuantizedArray(self.values.take(indices, axis), self.scale.take(own, axis))
