@@ -5,11 +5,11 @@ import importlib
 __version__ = "0.1.0"
 
 
-def load(workdir, step=None):
-    """Loads the model of a training run: see `mmjax.api.load`."""
+def load(source, step=None, **options):
+    """Loads a pretrained model, or that of a training run: see `mmjax.api.load`."""
     from mmjax import api  # importing mmjax stays light
 
-    return api.load(workdir, step)
+    return api.load(source, step, **options)
 
 
 def __getattr__(name):

@@ -22,6 +22,7 @@ from mmjax.interop import pretrained
 from mmjax.models.generate import Strategy, generate
 from mmjax.models.multimodal import Text, tower_size
 from mmjax.objectives.captioning import labels_of
+from mmjax.quantization import check_weights, quantized
 from mmjax.sharding import distributed
 from mmjax.sharding.mesh import make_mesh
 from mmjax.sharding.rules import batch_sharding, constrain
@@ -359,6 +360,7 @@ def load(
     mesh: Mesh | None = None,
     revision: str | None = None,
     allow_pickle: bool = False,
+    weights: str = "float32",
 ) -> Model:
     """Loads a pretrained model, or that of a training run.
 
@@ -369,21 +371,26 @@ def load(
       mesh: where to put it; by default all devices, data-parallel.
       revision: a branch, tag or commit on the hub.
       allow_pickle: also reads weights that are a pickle, with torch's reader that runs no code.
+      weights: the type in which the model's matrices are stored, "float32", "bfloat16" or "int8": see
+        `mmjax.quantization`. They are read as float32, and made smaller on the devices.
 
     Returns:
       The model, with the averaged parameters where a run keeps an average.
 
     Raises:
-      UserError: there is no such model, run or checkpoint, its files are damaged or of an unknown family, or the mesh
-        does not divide the model's parameters.
+      UserError: there is no such model, run or checkpoint, its files are damaged or of an unknown family, the mesh
+        does not divide the model's parameters, or there are no such weights.
     """
+    check_weights(weights)  # before anything is read
     mesh = mesh or make_mesh()
     if is_run(source):
-        return _load_run(source, step, mesh)
-    if step is not None:
+        model = _load_run(source, step, mesh)
+    elif step is not None:
         raise UserError(f"{source} is no workdir of a run, so it has no checkpoint of step {step}")
-    found = pretrained.load(source, mesh, revision, allow_pickle)
-    return Model(found.config, found.params, found.tokenizer, mesh)
+    else:
+        found = pretrained.load(source, mesh, revision, allow_pickle)
+        model = Model(found.config, found.params, found.tokenizer, mesh)
+    return model.with_params(quantized(model.params, weights, mesh), model.step)
 
 
 def is_run(source: str | Path) -> bool:

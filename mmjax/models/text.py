@@ -4,6 +4,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
+from mmjax.models.quantized import QuantizedArray
 from mmjax.models.transformer import ACTIVATIONS, PRE_NORM, Style, layer_norm
 from mmjax.sharding.rules import constrain
 
@@ -34,13 +35,15 @@ class TextEmbed(nn.Module):
         self, ids: Int[Array, "batch tokens"], first: Int[Array, ""] | int = 0
     ) -> Float[Array, "batch tokens embed"]:
         """`first` is the position of the first of these tokens."""
-        return self._finish(self.token_embed(ids) + self._positions(first, ids.shape[1]))
+        # Rows are taken before they are converted: the table itself stays as it is stored.
+        tokens = self.table().take(ids, axis=0).astype(self.dtype)
+        return self._finish(tokens + self._positions(first, ids.shape[1]))
 
     def blank(self, token: Float[Array, "1 embed"], length: int) -> Float[Array, "1 tokens embed"]:
         """A sequence of one vector in place of all ids."""
         return self._finish((token.astype(self.dtype) + self._positions(0, length))[None])
 
-    def table(self) -> Float[Array, "vocab embed"]:
+    def table(self) -> Float[Array, "vocab embed"] | QuantizedArray:
         """The embedding of every id."""
         return self.token_embed.embedding
 
@@ -66,7 +69,7 @@ class TokenHead(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "batch tokens embed"], table: Float[Array, "vocab embed"] | None = None
+        self, x: Float[Array, "batch tokens embed"], table: Float[Array, "vocab embed"] | QuantizedArray | None = None
     ) -> Float[Array, "batch tokens vocab"]:
         if self.transform:
             x = ACTIVATIONS[self.style.activation](nn.Dense(x.shape[-1], dtype=self.dtype, name="transform")(x))
