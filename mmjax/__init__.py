@@ -7,7 +7,10 @@ __version__ = "0.1.0"
 
 def load(source, step=None, **options):
     """Loads a pretrained model, or that of a training run: see `mmjax.api.load`."""
-    from mmjax import api  # importing mmjax stays light
+    from mmjax import runtime  # importing mmjax stays light
+
+    runtime.configure_jax()
+    from mmjax import api
 
     return api.load(source, step, **options)
 

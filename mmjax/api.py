@@ -32,6 +32,7 @@ from mmjax.validation import check_divides
 Embeddings = Float[np.ndarray, "rows embed_dim"]
 LoadRows = Callable[[np.ndarray], np.ndarray]  # row numbers -> their inputs
 BATCH_SIZE = 256
+SHORTEST = 8  # tokens of a batch of texts
 
 
 class Model:
@@ -111,8 +112,20 @@ class Model:
 
     def encode_text(self, texts: Sequence[str]) -> Embeddings:
         """Encodes texts of any length and language; what exceeds the model's length is cut off."""
-        ids = self.token_ids(texts)
+        ids = self._without_padding(self.token_ids(texts))
         return self.encode_rows("text", len(texts), lambda indices: ids[indices])
+
+    def _without_padding(self, ids: Int[np.ndarray, "texts length"]) -> Int[np.ndarray, "texts shorter"]:
+        """Ids cut to the next power of two that holds every text, where the tower makes the same of them."""
+        encoder = self.config.model.encoders.text
+        if encoder.causal and encoder.pooling == "eos":
+            ends = ids == encoder.end_id
+            used = np.where(ends.any(axis=1), ends.argmax(axis=1) + 1, ids.shape[1])
+        elif encoder.mask_padding and encoder.pooling != "last":
+            used = np.where(ids != encoder.pad_id, np.arange(1, ids.shape[1] + 1), 0).max(axis=1, initial=0)
+        else:
+            return ids
+        return ids[:, : max(SHORTEST, _power_of_two(used.max(initial=1)))]
 
     def token_ids(self, texts: Sequence[str]) -> Int[np.ndarray, "texts length"]:
         """The ids that the text tower reads.
@@ -298,6 +311,8 @@ class Model:
     def encode_rows(self, modality: str, count: int, load_rows: LoadRows, batch_size: int = BATCH_SIZE) -> Embeddings:
         """Encodes `count` rows in batches of one shape; every process gets all of the result.
 
+        Fewer rows than a batch take the next power of two, so that calls with any numbers of rows compile few programs.
+
         Args:
           modality: "image" or "text".
           count: how many rows there are.
@@ -344,7 +359,7 @@ class Model:
     ) -> Iterator[tuple[slice, dict[str, jax.Array]]]:
         """All rows on the devices, batch by batch, with which they are; the last batch repeats the last row."""
         devices = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-        batch_size = -(-batch_size // devices) * devices
+        batch_size = -(-min(batch_size, _power_of_two(count)) // devices) * devices
         sharding = batch_sharding(self.mesh)
         rows = distributed.local_rows(sharding, batch_size)
         for start in range(0, count, batch_size):
@@ -464,6 +479,11 @@ def _run_and_step(path: str | Path) -> tuple[Path, int | None]:
     path = Path(path)
     is_checkpoint = path.parent.name == "checkpoints" and path.name.isdigit() and not (path / "config.json").exists()
     return (path.parent.parent, int(path.name)) if is_checkpoint else (path, None)
+
+
+def _power_of_two(least: int) -> int:
+    """The smallest power of two that is no smaller."""
+    return 1 << max(0, int(least) - 1).bit_length()
 
 
 def _strategy(options: dict[str, Any]) -> Strategy:

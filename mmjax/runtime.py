@@ -18,16 +18,26 @@ def configure() -> None:
     Call it before jax touches a device: memory pools and flags are fixed then.
     `benchmarks/cpu_settings.py` measures what the CPU's settings are worth.
     """
+    if _computes_on_cpu():
+        _keep_freed_memory()
+    configure_jax()
+
+
+def configure_jax() -> None:
+    """The part of `configure` that leaves the process as it is, for `mmjax.load` in a program of somebody else's.
+
+    A compilation cache that is set already stays.
+    """
     # XLA uses 256-bit vectors by default, also where the CPU has 512-bit ones.
     flags = os.environ.get("XLA_FLAGS", "")
     if "xla_cpu_prefer_vector_width" not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_prefer_vector_width=512".strip()
-    if _computes_on_cpu():
-        _keep_freed_memory()
     import jax
 
     from mmjax.files import cache_root
 
+    if jax.config.jax_compilation_cache_dir:
+        return
     jax.config.update("jax_compilation_cache_dir", str(cache_root() / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
