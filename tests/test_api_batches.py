@@ -13,7 +13,7 @@ from mmjax.data import sources, text
 from mmjax.sharding.mesh import make_mesh
 from tests import tiny
 
-WORDS = "red woman running the flag of a dog medium dark skin tone".split()
+WORDS = ["red", "woman", "running", "the", "flag", "of", "a", "dog", "medium", "dark", "skin", "tone"]
 TEXTS = [" ".join(WORDS[: 1 + index % len(WORDS)]) for index in range(40)]
 
 
