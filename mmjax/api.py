@@ -101,11 +101,11 @@ class Model:
         return self.encode_rows("image", len(images), self._loader(images))
 
     def _loader(self, images: Sequence[Any]) -> LoadRows:
-        encoder = self.config.model.encoders.image
+        fit = image_ops.fit_of(self.config.model.encoders.image)
 
         def load_rows(indices: np.ndarray) -> np.ndarray:
             pixels = (image_ops.pixels_of(images[index]) for index in indices)
-            return np.stack([image_ops.for_evaluation(each, encoder.image_size, encoder.resize) for each in pixels])
+            return np.stack([image_ops.for_evaluation(each, fit) for each in pixels])
 
         return load_rows
 

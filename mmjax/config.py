@@ -129,6 +129,8 @@ def image_encoder(**fields) -> ConfigDict:
     own = {
         "image_size": 224,
         "resize": "squash",
+        "resample": "bicubic",
+        "crop_fraction": 1.0,
         "position": "learned",
         "pooling": "map",
         "class_token": False,

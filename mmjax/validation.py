@@ -92,7 +92,7 @@ def _check_like(given: ConfigDict, template: ConfigDict, prefix: str) -> None:
 
 def _check_names(config: ConfigDict) -> None:
     from mmjax.data.augment import RESIZES
-    from mmjax.data.image import FOR_EVALUATION
+    from mmjax.data.image import FOR_EVALUATION, RESAMPLES
     from mmjax.data.pipeline import CAPTION_CHOICES
     from mmjax.models.decoder import IMAGE_INPUTS, READS
     from mmjax.models.pooling import POOLINGS
@@ -113,6 +113,7 @@ def _check_names(config: ConfigDict) -> None:
         if name == "image":
             _one_of(encoder.position, ("learned", "sincos2d"), "model.encoders.image.position")
             _one_of(encoder.resize, FOR_EVALUATION, "model.encoders.image.resize")
+            _one_of(encoder.resample, RESAMPLES, "model.encoders.image.resample")
     for name in PARTS:
         if part := config.model[name]:
             _one_of(part.remat, REMAT_POLICIES, f"model.{name}.remat")
@@ -159,6 +160,8 @@ def _check_model(config: ConfigDict) -> None:
                 raise UserError(f"config.{key}.width: sincos2d positions need a multiple of 4, not {size.width}")
             if len(encoder.mean) != 3 or len(encoder.std) != 3 or min(encoder.std) <= 0:
                 raise UserError(f"config.{key}.mean, .std: three numbers each, one a channel; deviations are positive")
+            if not 0 < encoder.crop_fraction <= 1:
+                raise UserError(f"config.{key}.crop_fraction: {encoder.crop_fraction} is not in (0, 1]")
             if encoder.pooling == "eos":
                 raise UserError(f"config.{key}.pooling: an image has no end token; choose another one than eos")
         elif encoder.length < 2:
