@@ -119,8 +119,8 @@ def pixels_of(image: Any) -> Pixels:
 class Fit(NamedTuple):
     """How evaluation fits an image into the square of `size` pixels that a tower reads.
 
-    `resize` (a name in FOR_EVALUATION) says to what the image is resized, `resample` (a name in RESAMPLES) with which
-    of Pillow's antialiased filters. The square is its middle: `crop_fraction` of each of its sides or of the shorter one.
+    `resize` (a name in FOR_EVALUATION) says to what the image is resized, `resample` (in RESAMPLES) with which of
+    Pillow's antialiased filters. The square is its middle: `crop_fraction` of each of its sides, or of the shorter one.
     """
 
     size: int

@@ -11,9 +11,7 @@ INCEPTION = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 
-def read(
-    processor: Mapping[str, Any], size: int, default: Mapping[str, Any], any_size: bool = False
-) -> dict[str, Any]:
+def read(processor: Mapping[str, Any], size: int, default: Mapping[str, Any], any_size: bool = False) -> dict[str, Any]:
     """The settings of `mmjax.config.image_encoder` that say how an image is read.
 
     Args:
