@@ -64,9 +64,7 @@ class Attention(nn.Module):
             chosen = implementation(query, key, mask, bias)
             if chosen == "cudnn" and mask is not None:  # it takes no mask that is to be broadcast over the queries
                 mask = jnp.broadcast_to(mask, (*mask.shape[:2], query.shape[1], key.shape[1]))
-            if chosen == "cudnn" and bias is not None:  # nor a bias of another type
-                bias = bias.astype(query.dtype)
-            attended = jax.nn.dot_product_attention(query, key, value, bias, mask, implementation=chosen)
+            attended = jax.nn.dot_product_attention(query, key, value, bias, mask=mask, implementation=chosen)
         merged = constrain(attended.reshape(x.shape), "batch", "sequence", "heads")
         out = nn.Dense(width, dtype=self.dtype, kernel_init=nn.initializers.xavier_uniform(), name="out")(merged)
         out = constrain(out, "batch", "sequence", "embed")
@@ -103,15 +101,14 @@ def explained(
 def implementation(query: Array, key: Array, mask: Array | None, bias: Array | None = None) -> str:
     """ "cudnn" (flash attention) on a GPU where its conditions hold, "xla" everywhere else.
 
-    cuDNN takes 16-bit types and head sizes that are multiples of 8 up to 256; its backward pass with a mask or a bias
-    needs even sequence lengths. With both it gives the bias no gradient, because jax makes one bias of them, for each
-    row its own.
+    cuDNN takes 16-bit types and head sizes that are multiples of 8 up to 256; its backward pass
+    with a mask needs even sequence lengths. With a bias it needs them too, and they are odd where there is a class
+    token; its gradient would also be rounded to 16 bits. So what has a bias goes to XLA.
     """
-    if mask is not None and bias is not None:
-        return "xla"
     head_dim, lengths = query.shape[-1], (query.shape[1], key.shape[1])
     sixteen_bit = query.dtype in (jnp.bfloat16, jnp.float16)
-    even = (mask is None and bias is None) or all(length % 2 == 0 for length in lengths)
-    if jax.default_backend() == "gpu" and sixteen_bit and head_dim % 8 == 0 and head_dim <= 256 and even:
+    even = mask is None or all(length % 2 == 0 for length in lengths)
+    fits = sixteen_bit and head_dim % 8 == 0 and head_dim <= 256 and even and bias is None
+    if jax.default_backend() == "gpu" and fits:
         return "cudnn"
     return "xla"
