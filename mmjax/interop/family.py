@@ -34,7 +34,7 @@ class Family(NamedTuple):
 
 
 # What changes how fast a tower runs or what training does, and not what it computes.
-_FREE = ("variant", "remat", "unroll", "token_drop", "tokenizer", "resize")
+_FREE = ("variant", "remat", "unroll", "token_drop", "tokenizer", "resize", "resample", "crop_fraction")
 
 
 def architecture(config: ConfigDict) -> dict[str, Any]:

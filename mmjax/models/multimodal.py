@@ -53,6 +53,11 @@ def has_class_token(encoder: Mapping[str, Any]) -> bool:
     return encoder["class_token"] or encoder["pooling"] == "cls"
 
 
+def position_grid(encoder: Mapping[str, Any]) -> tuple[int, int]:
+    """The rows and columns of patches that an image tower's learned positions are made for."""
+    return ((encoder["position_size"] or encoder["image_size"]) // variants.parse(encoder["variant"])[1],) * 2
+
+
 def _transformer(encoder: Mapping[str, Any], dtype: jnp.dtype, relative: Relative | None = None) -> Transformer:
     size, style = tower_size(encoder), style_of(encoder)
     return Transformer(
@@ -91,9 +96,8 @@ class ImageEncoder(nn.Module):
             self.class_token = self.param("class_token", nn.initializers.zeros, (1, width))
         if config["mask_token"]:
             self.mask_token = self.param("mask_token", nn.initializers.normal(0.02), (1, width))
-        trained = ((config["position_size"] or config["image_size"]) // self.patch,) * 2
         self.positions = ImagePosition(
-            config["position"], trained, self.has_class_token, config["position_interpolation"]
+            config["position"], position_grid(config), self.has_class_token, config["position_interpolation"]
         )
         self.relative = Relative((config["image_size"] // self.patch,) * 2, self.has_class_token)
         if config["relative_position"] == "shared":
