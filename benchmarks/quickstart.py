@@ -235,7 +235,9 @@ def load_openmoji() -> tuple[dict, dict]:
     for split in ("train", "test"):
         source = open_source("openmoji", split)
         records = [source[index] for index in range(len(source))]
-        pixels = np.stack([image.resize(image.decode(record["image"]), IMAGE_SIZE) for record in records])
+        pixels = np.stack(
+            [image.for_evaluation(image.decode(record["image"]), image.Fit(IMAGE_SIZE)) for record in records]
+        )
         images[split] = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
         texts[split] = tokenizer.encode([record["captions"]["en"][0] for record in records], TEXT_LENGTH)
     return images, texts

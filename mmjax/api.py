@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Float, Int, PyTree
+from jaxtyping import Bool, Float, Int, PyTree
 from ml_collections import ConfigDict
 
 from mmjax.building import init_params, make_module
@@ -19,6 +19,7 @@ from mmjax.data import image as image_ops
 from mmjax.data import text as tokenizers
 from mmjax.errors import UserError
 from mmjax.interop import pretrained
+from mmjax.models.flops import patch_count
 from mmjax.models.generate import Strategy, generate
 from mmjax.models.multimodal import Text, tower_size
 from mmjax.objectives.captioning import labels_of
@@ -79,12 +80,17 @@ class Model:
             found = jax.numpy.where(counted, own - jax.nn.logsumexp(logits, axis=-1), 0)
             return jax.numpy.pad(found, ((0, 0), (ids.shape[1] - labels.shape[1], 0)))
 
+        def of_image(params: PyTree, batch: dict[str, jax.Array], method: str) -> jax.Array:
+            image, _ = module.apply({"params": params}, "image", **batch, method="tokens")
+            return module.apply({"params": params}, image, method=method)
+
         replicated = NamedSharding(mesh, P())
         self._encode = jax.jit(encode, static_argnames=("modality", "output"), out_shardings=replicated)
         self._tokens = jax.jit(tokens, static_argnames="modality")
         self._match = jax.jit(match, out_shardings=replicated)
         self._caption = jax.jit(caption, static_argnames="strategy", out_shardings=replicated)
         self._caption_likelihood = jax.jit(caption_likelihood, out_shardings=replicated)
+        self._of_image = jax.jit(of_image, static_argnames="method", out_shardings=replicated)
         self._logits = jax.jit(lambda params: module.apply({"params": params}, method="logits"))
 
     def with_params(self, params: PyTree, step: int) -> "Model":
@@ -102,11 +108,11 @@ class Model:
         return self.encode_rows("image", len(images), self._loader(images))
 
     def _loader(self, images: Sequence[Any]) -> LoadRows:
-        encoder = self.config.model.encoders.image
+        fit = image_ops.fit_of(self.config.model.encoders.image)
 
         def load_rows(indices: np.ndarray) -> np.ndarray:
             pixels = (image_ops.pixels_of(images[index]) for index in indices)
-            return np.stack([image_ops.for_evaluation(each, encoder.image_size, encoder.resize) for each in pixels])
+            return np.stack([image_ops.for_evaluation(each, fit) for each in pixels])
 
         return load_rows
 
@@ -300,6 +306,55 @@ class Model:
         ended[:, 0] &= tokenizer.start_id != tokenizer.end_id
         lengths = np.where(ended.any(axis=1), ended.argmax(axis=1), (ids != tokenizer.pad_id).sum(axis=1))
         return ids, lengths.astype(np.int32)
+
+    def classify(self, images: Sequence[Any], top_k: int = 5) -> list[list[tuple[str, float]]]:
+        """The most probable classes of each image, with their probabilities (of all classes they add up to 1).
+
+        Args:
+          images: as in `encode_image`.
+          top_k: how many classes; all, if there are fewer.
+
+        Raises:
+          UserError: the model has no classifier; otherwise as `encode_image`.
+        """
+        labels, found = self.config.model.classifier.get("labels", ()), []
+        for logits in self.classify_rows(len(images), self._loader(images)):
+            exponents = np.exp(logits - logits.max())
+            best = np.argsort(-logits, kind="stable")[:top_k]
+            found.append([(labels[index], float(exponents[index] / exponents.sum())) for index in best])
+        return found
+
+    def classify_rows(
+        self, count: int, load_images: LoadRows, batch_size: int = BATCH_SIZE
+    ) -> Float[np.ndarray, "rows classes"]:
+        """The logits of `classify` for `count` images; the loader gives pixels, as in `encode_rows`."""
+        self.needs("classifier", "classify images")
+        run = partial(self._of_image, method="classify")
+        parts = [np.zeros((0, len(self.config.model.classifier.labels)), np.float32)]
+        return np.concatenate([*parts, *self.batches(run, count, {"inputs": load_images}, batch_size)])
+
+    def predict_image_tokens(
+        self, images: Sequence[Any], masked: Bool[np.ndarray, "images patches"], batch_size: int = 32
+    ) -> Float[np.ndarray, "images patches vocab"]:
+        """The logits of the visual token (BEiT's, of a codebook) at each patch: float32.
+
+        Args:
+          images: as in `encode_image`.
+          masked: True for the patches, row by row, that are hidden from the model.
+          batch_size: how many images at a time.
+
+        Raises:
+          UserError: the model was not trained to, `masked` has another shape; otherwise as `encode_image`.
+        """
+        self.needs("image_tokens", "predict the visual tokens of images")
+        encoder = self.config.model.encoders.image
+        masked, shape = np.asarray(masked, bool), (len(images), patch_count(encoder))
+        if masked.shape != shape:
+            raise UserError(f"masked has the shape {[*masked.shape]}, and not {[*shape]}: one for each image and patch")
+        loaders = {"inputs": self._loader(images), "masked": lambda rows: masked[rows]}
+        run = partial(self._of_image, method="predict_image_tokens")
+        parts = [np.zeros((0, shape[1], self.config.model.image_tokens.vocab_size), np.float32)]
+        return np.concatenate([*parts, *self.batches(run, len(images), loaders, batch_size)])
 
     def needs(self, part: str, to: str) -> None:
         """Raises UserError where the model has not that part (of `mmjax.models.multimodal.PARTS`), which is there `to`

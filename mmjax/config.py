@@ -47,6 +47,8 @@ def default() -> ConfigDict:
                 "logit_bias": -10.0,
                 "fusion": {},
                 "decoder": {},
+                "classifier": {},
+                "image_tokens": {},
                 "parts": (),
             },
             "objectives": {},
@@ -116,6 +118,7 @@ def _encoder(**fields) -> ConfigDict:
         "final_norm": True,
         "key_bias": True,
         "layer_scale": 0.0,
+        "gated": False,
         "embed_norm": False,
         "pool_norm": False,
         "pool_dense": False,
@@ -129,9 +132,15 @@ def image_encoder(**fields) -> ConfigDict:
     own = {
         "image_size": 224,
         "resize": "squash",
+        "resample": "bicubic",
+        "crop_fraction": 1.0,
         "position": "learned",
+        "position_size": 0,
+        "position_interpolation": "antialiased",
+        "relative_position": "",
         "pooling": "map",
         "class_token": False,
+        "mask_token": False,
         "patch_bias": True,
         "mean": (0.5, 0.5, 0.5),
         "std": (0.5, 0.5, 0.5),
@@ -175,6 +184,16 @@ def decoder(**fields) -> ConfigDict:
         "transform": False,
     }
     return ConfigDict(_PART | own | fields)
+
+
+def classifier(**fields) -> ConfigDict:
+    """A linear layer from an image to classes of these `labels`."""
+    return ConfigDict({"labels": (), "reads": "pooled"} | fields)
+
+
+def image_tokens(**fields) -> ConfigDict:
+    """A linear layer from each patch to a vocabulary of visual tokens."""
+    return ConfigDict({"vocab_size": 8192} | fields)
 
 
 def objective(**fields) -> ConfigDict:
@@ -333,6 +352,10 @@ def few_shot(**fields) -> ConfigDict:
 
 ENCODERS = {"image": image_encoder, "text": text_encoder}
 PARTS = {"fusion": fusion, "decoder": decoder}
+HEADS = {
+    "classifier": classifier,
+    "image_tokens": image_tokens,
+}  # what reads an image's tokens, and no objective trains
 LABELLED = {"linear_probe": linear_probe, "knn": knn, "few_shot": few_shot}
 EVALUATORS = {
     "retrieval": retrieval,
@@ -389,7 +412,7 @@ def completed(saved: ConfigDict) -> ConfigDict:
     for name, encoder in model.encoders.items():
         channels = {key: (encoder[key],) * 3 for key in ("mean", "std") if isinstance(encoder.get(key), float)}
         model.encoders[name] = ENCODERS[name](**encoder.to_dict() | channels)
-    for name, make in PARTS.items():
+    for name, make in (PARTS | HEADS).items():
         model[name] = make(**model[name].to_dict()) if model[name] else {}
     return config
 

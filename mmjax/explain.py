@@ -329,10 +329,10 @@ def _views(model: Model, images: Sequence[Any], keep_shape: bool) -> list[UInt8[
         if keep_shape:
             scale = encoder.image_size / min(pixels.shape[:2])
             height, width = (max(1, round(side * scale / patch)) * patch for side in pixels.shape[:2])
-            resized = Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
+            resized = Image.fromarray(pixels).resize((width, height), image_ops.RESAMPLES[encoder.resample])
             seen.append(np.asarray(resized))
         else:
-            seen.append(image_ops.for_evaluation(pixels, encoder.image_size, encoder.resize))
+            seen.append(image_ops.for_evaluation(pixels, image_ops.fit_of(encoder)))
     return seen
 
 

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from mmjax.config import (
     ENCODERS,
     EVALUATORS,
+    HEADS,
     LABELLED,
     OBJECTIVES,
     PARTS,
@@ -25,7 +26,7 @@ from mmjax.errors import UserError
 
 SCHEDULES = ("cosine", "linear", "rsqrt", "constant")
 # What tuples hold.
-_NAMES = dict.fromkeys(("captions", "allow", "inputs", "modalities", "objectives", "parts"), str)
+_NAMES = dict.fromkeys(("captions", "allow", "inputs", "labels", "modalities", "objectives", "parts"), str)
 _ELEMENTS = _NAMES | {"caption_weights": (int, float), "color_jitter": (int, float), "shots": int}
 _ELEMENTS |= {"mean": (int, float), "std": (int, float)}
 _ELEMENTS_NAMED = {key: "names" if kind is str else "numbers" for key, kind in _ELEMENTS.items()}
@@ -56,7 +57,7 @@ def _check_structure(config: ConfigDict) -> None:
         _one_of(modality, ENCODERS, f"model.encoders.{modality}")
         template.model.encoders[modality] = ENCODERS[modality]()
         _check_like(encoder, template.model.encoders[modality], f"model.encoders.{modality}")
-    for part, make in PARTS.items():
+    for part, make in (PARTS | HEADS).items():
         if config.model.get(part):
             template.model[part] = make()
     template.evaluators = config.evaluators  # see check_evaluators
@@ -92,10 +93,11 @@ def _check_like(given: ConfigDict, template: ConfigDict, prefix: str) -> None:
 
 def _check_names(config: ConfigDict) -> None:
     from mmjax.data.augment import RESIZES
-    from mmjax.data.image import FOR_EVALUATION
+    from mmjax.data.image import FOR_EVALUATION, RESAMPLES
     from mmjax.data.pipeline import CAPTION_CHOICES
     from mmjax.models.decoder import IMAGE_INPUTS, READS
     from mmjax.models.pooling import POOLINGS
+    from mmjax.models.position import INTERPOLATIONS, POSITIONS, RELATIVE_POSITIONS
     from mmjax.models.transformer import ACTIVATIONS, NORMS, REMAT_POLICIES
 
     _one_of(config.optimizer.name, OPTIMIZERS, "optimizer.name")
@@ -111,8 +113,11 @@ def _check_names(config: ConfigDict) -> None:
         _one_of(encoder.norm, NORMS, f"model.encoders.{name}.norm")
         _one_of(encoder.activation, ACTIVATIONS, f"model.encoders.{name}.activation")
         if name == "image":
-            _one_of(encoder.position, ("learned", "sincos2d"), "model.encoders.image.position")
+            _one_of(encoder.position, POSITIONS, "model.encoders.image.position")
+            _one_of(encoder.position_interpolation, INTERPOLATIONS, "model.encoders.image.position_interpolation")
+            _one_of(encoder.relative_position, RELATIVE_POSITIONS, "model.encoders.image.relative_position")
             _one_of(encoder.resize, FOR_EVALUATION, "model.encoders.image.resize")
+            _one_of(encoder.resample, RESAMPLES, "model.encoders.image.resample")
     for name in PARTS:
         if part := config.model[name]:
             _one_of(part.remat, REMAT_POLICIES, f"model.{name}.remat")
@@ -151,16 +156,7 @@ def _check_model(config: ConfigDict) -> None:
         if not 0 <= encoder.token_drop < 1:
             raise UserError(f"config.{key}.token_drop: {encoder.token_drop} is not in [0, 1)")
         if name == "image":
-            if not patch:
-                raise UserError(f'config.{key}.variant: "{encoder.variant}" names no patch size; write it like B/16')
-            if encoder.image_size < 1 or encoder.image_size % patch:
-                raise UserError(f"config.{key}.image_size: patch {patch} does not divide {encoder.image_size} pixels")
-            if encoder.position == "sincos2d" and size.width % 4:
-                raise UserError(f"config.{key}.width: sincos2d positions need a multiple of 4, not {size.width}")
-            if len(encoder.mean) != 3 or len(encoder.std) != 3 or min(encoder.std) <= 0:
-                raise UserError(f"config.{key}.mean, .std: three numbers each, one a channel; deviations are positive")
-            if encoder.pooling == "eos":
-                raise UserError(f"config.{key}.pooling: an image has no end token; choose another one than eos")
+            _check_image_encoder(encoder, size, patch, key)
         elif encoder.length < 2:
             raise UserError(f"config.{key}.length: {encoder.length} is too short for a token and its end")
         elif encoder.token_drop and encoder.pooling == "eos":
@@ -173,6 +169,43 @@ def _check_model(config: ConfigDict) -> None:
     for name in PARTS:
         if config.model[name]:
             _check_part(config, name)
+    _check_heads(config)
+
+
+def _check_heads(config: ConfigDict) -> None:
+    from mmjax.models.multimodal import CLASSIFIER_READS, has_class_token
+    from mmjax.models.multimodal import PARTS as BUILT
+
+    for part in config.model.parts:
+        _one_of(part, BUILT, "model.parts")
+        if part in HEADS and not config.model[part]:
+            raise UserError(f"config.model.parts: {part} needs config.model.{part}; mmjax.config.{part}() makes one")
+    if head := config.model.classifier:
+        _one_of(head.reads, CLASSIFIER_READS, "model.classifier.reads")
+        if not head.labels:
+            raise UserError("config.model.classifier.labels: there is none")
+        if head.reads == "class_and_mean" and not has_class_token(config.model.encoders.image):
+            raise UserError("config.model.classifier.reads: there is no class token; set encoders.image.class_token")
+    if config.model.image_tokens:
+        _at_least(config, "model.image_tokens.vocab_size", 1)
+
+
+def _check_image_encoder(encoder: ConfigDict, size: Any, patch: int, key: str) -> None:
+    if not patch:
+        raise UserError(f'config.{key}.variant: "{encoder.variant}" names no patch size; write it like B/16')
+    for field, low in (("image_size", 1), ("position_size", 0)):
+        if encoder[field] < low or encoder[field] % patch:
+            raise UserError(f"config.{key}.{field}: patch {patch} does not divide {encoder[field]} pixels")
+    if encoder.position == "sincos2d" and size.width % 4:
+        raise UserError(f"config.{key}.width: sincos2d positions need a multiple of 4, not {size.width}")
+    if len(encoder.mean) != 3 or len(encoder.std) != 3 or min(encoder.std) <= 0:
+        raise UserError(f"config.{key}.mean, .std: three numbers each, one a channel; deviations are positive")
+    if not 0 < encoder.crop_fraction <= 1:
+        raise UserError(f"config.{key}.crop_fraction: {encoder.crop_fraction} is not in (0, 1]")
+    if encoder.pooling == "eos":
+        raise UserError(f"config.{key}.pooling: an image has no end token; choose another one than eos")
+    if encoder.relative_position and encoder.token_drop:
+        raise UserError(f"config.{key}.token_drop: relative positions are between all tokens")
 
 
 def _check_part(config: ConfigDict, name: str) -> None:
@@ -433,6 +466,8 @@ def check_divides(model: ConfigDict, fsdp: int, tensor: int) -> None:
         if name == "text":
             split["vocab_size"] = (encoder.vocab_size, "tensor", tensor)
         _check_divides(split, f"model.encoders.{name}")
+    if model.image_tokens:
+        _check_divides({"vocab_size": (model.image_tokens.vocab_size, "tensor", tensor)}, "model.image_tokens")
     for name in PARTS:
         if model[name]:
             part = part_size(model[name].to_dict(), tower_size(model.encoders.text))

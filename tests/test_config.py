@@ -66,6 +66,8 @@ MISTAKES = [
     (lambda c: mix(c, a=0.0, b=2.0), "streams.train.mixture: give every component a weight, or none"),
     (lambda c: c.loader.__setattr__("max_broken_fraction", 1.5), "loader.max_broken_fraction: 1.5 is not in [0, 1]"),
     (lambda c: c.model.encoders.image.__setattr__("resize", "crop"), 'did you mean "center_crop"?'),
+    (lambda c: c.model.encoders.image.__setattr__("resample", "cubic"), 'did you mean "bicubic"?'),
+    (lambda c: c.model.encoders.image.__setattr__("crop_fraction", 0.0), "crop_fraction: 0.0 is not in (0, 1]"),
     (lambda c: c.evaluators.test.__setattr__("batch_size", 81), "config.evaluators.test.batch_size: 81"),
     (lambda c: c.objectives.contrastive.__setattr__("kind", "sigmod"), 'did you mean "sigmoid"?'),
     (lambda c: c.objectives.contrastive.__setattr__("chunk", -1), "config.objectives.contrastive.chunk: -1 is less"),

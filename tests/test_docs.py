@@ -43,7 +43,8 @@ def test_every_setting_is_explained():
     page = (ROOT / "docs" / "configs.md").read_text()
     parts = [configs.default(), configs.stream(), configs.component()]
     parts += [configs.objective(kind=kind) for kind in configs.OBJECTIVES]
-    parts += [make() for known in (configs.ENCODERS, configs.PARTS, configs.EVALUATORS) for make in known.values()]
+    kinds = configs.ENCODERS, configs.PARTS, configs.HEADS, configs.EVALUATORS
+    parts += [make() for known in kinds for make in known.values()]
     for part in parts:
         for key, _ in configs.flatten(part):
             name = key.rpartition(".")[2]

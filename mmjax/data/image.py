@@ -7,8 +7,9 @@ every other format, and every JPEG that libjpeg-turbo finds fault with, goes thr
 import functools
 import io
 import struct
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -115,34 +116,60 @@ def pixels_of(image: Any) -> Pixels:
     return pixels
 
 
-def resize(pixels: Pixels, size: int) -> UInt8[np.ndarray, "size size 3"]:
-    """Squashes to a square with Pillow's antialiased bicubic filter, as SigLIP is evaluated."""
-    if pixels.shape[:2] == (size, size):
-        return pixels
-    return np.asarray(Image.fromarray(pixels).resize((size, size), Image.Resampling.BICUBIC))
+class Fit(NamedTuple):
+    """How evaluation fits an image into the square of `size` pixels that a tower reads.
+
+    `resize` (a name in FOR_EVALUATION) says to what the image is resized, `resample` (in RESAMPLES) with which of
+    Pillow's antialiased filters. The square is its middle: `crop_fraction` of each of its sides, or of the shorter one.
+    """
+
+    size: int
+    resize: str = "squash"
+    resample: str = "bicubic"
+    crop_fraction: float = 1.0
 
 
-def center_crop(pixels: Pixels, size: int) -> UInt8[np.ndarray, "size size 3"]:
-    """Resizes the shorter side to `size` with the same filter and cuts out the middle, as CLIP is evaluated.
+def fit_of(encoder: Mapping[str, Any]) -> Fit:
+    """What an image encoder's settings (`mmjax.config.image_encoder`) say of it."""
+    return Fit(encoder["image_size"], encoder["resize"], encoder["resample"], encoder["crop_fraction"])
 
-    The longer side and the offset are rounded down, as by `transformers.CLIPImageProcessor`. Only what is cut out is
-    computed, so a long strip of an image costs no more; one value in ten thousand is rounded the other way for it.
+
+def _squashed(height: int, width: int, size: int) -> tuple[int, int]:
+    return size, size
+
+
+def _kept(height: int, width: int, size: int) -> tuple[int, int]:
+    shorter = min(height, width)
+    return size * height // shorter, size * width // shorter
+
+
+# The height and width to which an image is resized before its middle is cut out. "squash", as SigLIP and ViT are
+# evaluated, makes it a square; "center_crop", as CLIP is, gives the shorter side that length, and rounds the longer one
+# down, as `transformers.CLIPImageProcessor` does.
+FOR_EVALUATION = {"squash": _squashed, "center_crop": _kept}
+RESAMPLES = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+
+
+def for_evaluation(pixels: Pixels, fit: Fit) -> UInt8[np.ndarray, "size size 3"]:
+    """Brings an image to the size of evaluation; offsets are rounded down, as by transformers.
+
+    Of a long strip only what is cut out is computed, so it costs no more; one value in a hundred is rounded the other
+    way for it.
     """
     height, width = pixels.shape[:2]
-    shorter = min(height, width)
-    resized_height, resized_width = size * height // shorter, size * width // shorter
-    top, left = (resized_height - size) // 2, (resized_width - size) // 2
-    down, right = height / resized_height, width / resized_width
-    box = (left * right, top * down, (left + size) * right, (top + size) * down)
-    return np.asarray(Image.fromarray(pixels).resize((size, size), Image.Resampling.BICUBIC, box=box))
-
-
-FOR_EVALUATION = {"squash": resize, "center_crop": center_crop}
-
-
-def for_evaluation(pixels: Pixels, size: int, how: str) -> UInt8[np.ndarray, "size size 3"]:
-    """Brings an image to the size of evaluation; `how` is a name in FOR_EVALUATION."""
-    return FOR_EVALUATION[how](pixels, size)
+    resized = FOR_EVALUATION[fit.resize](
+        height, width, int(fit.size / fit.crop_fraction + 1e-6)
+    )  # as 224 / (224 / 249)
+    if (height, width) == resized == (fit.size, fit.size):
+        return pixels
+    picture, resample = Image.fromarray(pixels), RESAMPLES[fit.resample]
+    top, left = (resized[0] - fit.size) // 2, (resized[1] - fit.size) // 2
+    if resized[0] * resized[1] <= 4 * fit.size**2:
+        whole = np.asarray(picture.resize((resized[1], resized[0]), resample))
+        return whole[top : top + fit.size, left : left + fit.size]
+    down, right = height / resized[0], width / resized[1]
+    box = left * right, top * down, min((left + fit.size) * right, width), min((top + fit.size) * down, height)
+    return np.asarray(picture.resize((fit.size, fit.size), resample, box=box))
 
 
 def mirror(pixels: Pixels) -> Pixels:

@@ -452,18 +452,16 @@ def _start_worker(index: int, count: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def evaluation_images(
-    source: Source, image_size: int, how: str, indices: Sequence[int]
-) -> tuple[np.ndarray, list[str]]:
+def evaluation_images(source: Source, fit: image.Fit, indices: Sequence[int]) -> tuple[np.ndarray, list[str]]:
     """Records' images as evaluation sees them: uint8 [len(indices), size, size, 3].
 
     An image that cannot be read is grey, so that the number of images does not depend on it; also returned is a line
     of text for each of these.
     """
-    images, broken = np.full((len(indices), image_size, image_size, 3), 128, np.uint8), []
+    images, broken = np.full((len(indices), fit.size, fit.size, 3), 128, np.uint8), []
     for row, index in enumerate(indices):
         try:
-            images[row] = image.for_evaluation(decode_image(source[int(index)]), image_size, how)
+            images[row] = image.for_evaluation(decode_image(source[int(index)]), fit)
         except RecordError as error:
             broken.append(str(error))
     return images, broken

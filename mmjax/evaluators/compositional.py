@@ -97,15 +97,15 @@ class Compositional:
         self, model: Model, pairs: list[tuple[str, str]], unreadable: dict[str, None]
     ) -> Float[np.ndarray, " pairs"]:
         """How similar each image and text are; every image and text is encoded once."""
-        entry, encoder = self._entry, model.config.model.encoders.image
+        entry, fit = self._entry, image_ops.fit_of(model.config.model.encoders.image)
         names, texts = (list(dict.fromkeys(column)) for column in zip(*pairs, strict=True))
 
         def load_images(rows: np.ndarray) -> np.ndarray:
-            pixels = np.full((len(rows), encoder.image_size, encoder.image_size, 3), 128, np.uint8)
+            pixels = np.full((len(rows), fit.size, fit.size, 3), 128, np.uint8)
             for place, row in enumerate(rows):
                 try:
                     decoded = image_ops.decode(files.read_inside(self._root, names[row]))
-                    pixels[place] = image_ops.for_evaluation(decoded, encoder.image_size, encoder.resize)
+                    pixels[place] = image_ops.for_evaluation(decoded, fit)
                 except RecordError:
                     unreadable[names[row]] = None
             return pixels

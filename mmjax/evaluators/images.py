@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Int, UInt8
 
 from mmjax.api import Model
+from mmjax.data.image import fit_of
 from mmjax.data.pipeline import evaluation_images, pixels_or_bytes
 from mmjax.data.sources import Source
 
@@ -16,13 +17,13 @@ class Images:
     """Loads rows: those of `source`, or its records `places[row]`. Remembers which could not be read: they are grey."""
 
     def __init__(self, source: Source, model: Model, places: Int[np.ndarray, " rows"] | None = None):
-        self._source, self._encoder, self._places = source, model.config.model.encoders.image, places
+        self._source, self._fit, self._places = source, fit_of(model.config.model.encoders.image), places
         self.broken: set[str] = set()
 
     def __call__(self, rows: Int[np.ndarray, " rows"]) -> UInt8[np.ndarray, "rows height width 3"]:
         """The pixels of these rows."""
         places = rows if self._places is None else self._places[rows]
-        pixels, broken = evaluation_images(self._source, self._encoder.image_size, self._encoder.resize, places)
+        pixels, broken = evaluation_images(self._source, self._fit, places)
         self.broken.update(broken)
         return pixels
 

@@ -72,7 +72,7 @@ class Corrupted:
 
 
 def _draw(path: Path, corrupted: UInt8[np.ndarray, "versions size size 3"]) -> None:
-    tiles = [image.resize(each, contact_sheet.TILE) for each in corrupted]
+    tiles = [image.for_evaluation(each, image.Fit(contact_sheet.TILE)) for each in corrupted]
     titles = [f"{kind}: none, then severity 1 to 5 ({', '.join(map(str, STRENGTHS[kind]))})" for kind in STRENGTHS]
     rows = [[tiles[0], *tiles[start : start + 5]] for start in range(1, len(tiles), 5)]
     contact_sheet.draw(path, titles, rows)

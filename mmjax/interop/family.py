@@ -9,13 +9,14 @@ from mmjax.errors import UserError
 from mmjax.interop.table import Table
 
 Json = Mapping[str, Any]
+TENSORS = "tensors"  # among a folder's files: the names of all tensors (the keys), where they are known
 
 
 class Family(NamedTuple):
     """A family of models; one file here.
 
     Fields:
-      to_config: (their settings, those of the tokenizer's and processors' files by name) -> our config.
+      to_config: (their settings, those of the tokenizer's and processors' files by name, and TENSORS) -> our config.
       to_theirs: our config -> their settings. Raises UserError where the family has no such model.
       table: our config -> the table of parameters.
       files: our config -> JSON files that are written beside config.json, by name.
@@ -33,7 +34,7 @@ class Family(NamedTuple):
 
 
 # What changes how fast a tower runs or what training does, and not what it computes.
-_FREE = ("variant", "remat", "unroll", "token_drop", "tokenizer", "resize")
+_FREE = ("variant", "remat", "unroll", "token_drop", "tokenizer", "resize", "resample", "crop_fraction")
 
 
 def architecture(config: ConfigDict) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +18,7 @@ from mmjax.data import text as tokenizers
 from mmjax.errors import UserError, one_line
 from mmjax.files import write_atomically
 from mmjax.interop import store, table, tokenizer_files
-from mmjax.interop.family import Family, check_same
+from mmjax.interop.family import TENSORS, Family, Json, check_same
 from mmjax.interop.registry import FAMILIES, FILES, family_of
 from mmjax.sharding.rules import parameter_shardings
 from mmjax.validation import check_divides
@@ -45,9 +46,10 @@ def load(source: str | Path, mesh: Mesh, revision: str | None = None, allow_pick
       UserError: it cannot be found or read, its family is unknown, or its tensors are not those of its config.
     """
     folder = store.find(source, revision, allow_pickle)
-    family, config = _config_of(folder)
+    tensors = store.open_tensors(folder, allow_pickle)
+    family, config = _config_of(folder, {TENSORS: tensors.names()})
     check_divides(config.model, mesh.shape["fsdp"], mesh.shape["tensor"])
-    tensors, rows = store.open_tensors(folder, allow_pickle), family.table(config)
+    rows = family.table(config)
     shapes = shapes_of(config, mesh)
     table.check(rows, shapes, tensors, folder.name, family.name)
     params = table.read(rows, tensors, shapes, parameter_shardings(shapes, mesh), folder.name)
@@ -55,7 +57,7 @@ def load(source: str | Path, mesh: Mesh, revision: str | None = None, allow_pick
 
 
 def load_config(source: str | Path, revision: str | None = None) -> ConfigDict:
-    """The config of a model, as `load` gives it."""
+    """The config of a model, as `load` gives it, but for what only the names of its tensors say."""
     return _config_of(store.find(source, revision))[1]
 
 
@@ -81,10 +83,11 @@ def could_be_elsewhere(source: str | Path) -> bool:
     return "://" in str(source) or re.fullmatch(r"[\w.-]*\w/[\w.-]+(@[\w./-]+)?", str(source)) is not None
 
 
-def _config_of(folder: store.Folder) -> tuple[Family, ConfigDict]:
+def _config_of(folder: store.Folder, tensors: Mapping[str, Json] | None = None) -> tuple[Family, ConfigDict]:
     family, theirs = family_of(folder)
+    files = {name: folder.read_json(name, optional=True) for name in FILES}
     try:
-        return family, family.to_config(theirs, {name: folder.read_json(name, optional=True) for name in FILES})
+        return family, family.to_config(theirs, files | (tensors or {}))
     except UserError as error:
         raise UserError(f"{folder.name}: {error}") from None
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -131,7 +134,9 @@ def _fitting(config: ConfigDict, name: str) -> Family:
     refusals = []
     for family in [FAMILIES[name]] if name else FAMILIES.values():
         try:
-            check_same(family.name, config, family.to_config(family.to_theirs(config), family.files(config)))
+            names = dict.fromkeys(row.theirs for row in family.table(config).rows)
+            files = {**family.files(config), TENSORS: names}
+            check_same(family.name, config, family.to_config(family.to_theirs(config), files))
             return family
         except UserError as error:
             refusals.append(str(error))

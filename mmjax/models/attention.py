@@ -19,7 +19,7 @@ class Attention(nn.Module):
     """Multi-head attention ("Attention Is All You Need", Vaswani et al. 2017, section 3.2).
 
     With `context`, keys and values come from there (cross-attention); without, from the queries'
-    own tokens (self-attention). `mask` is True where a key may be attended to.
+    own tokens (self-attention). `mask` is True where a key may be attended to; `bias` is added to the logits.
 
     With a `cache`, the keys and values of `x` are written into it at `position`, and all of it is attended to where
     `mask` allows; without a position, they are taken from it as they are. Then the cache is returned too.
@@ -37,6 +37,7 @@ class Attention(nn.Module):
         mask: Bool[Array, "#batch #heads #tokens keys"] | None = None,
         cache: Cache | None = None,
         position: Int[Array, ""] | None = None,
+        bias: Float[Array, "1 heads tokens keys"] | None = None,
     ) -> Float[Array, "batch tokens embed"] | tuple[Float[Array, "batch tokens embed"], Cache]:
         width = x.shape[-1]
 
@@ -57,21 +58,24 @@ class Attention(nn.Module):
             key = jax.lax.dynamic_update_slice_in_dim(cache["key"], key, position, axis=1)
             value = jax.lax.dynamic_update_slice_in_dim(cache["value"], value, position, axis=1)
         if is_explained(self):
-            weights = nn.softmax(_logits(query, key, mask)).astype(self.dtype)
+            weights = nn.softmax(_logits(query, key, mask, bias)).astype(self.dtype)
             attended = jnp.einsum("bhqk,bkhd->bqhd", explained(self, weights), value)
         else:
-            chosen = implementation(query, key, mask)
+            chosen = implementation(query, key, mask, bias)
             if chosen == "cudnn" and mask is not None:  # it takes no mask that is to be broadcast over the queries
                 mask = jnp.broadcast_to(mask, (*mask.shape[:2], query.shape[1], key.shape[1]))
-            attended = jax.nn.dot_product_attention(query, key, value, mask=mask, implementation=chosen)
+            attended = jax.nn.dot_product_attention(query, key, value, bias, mask=mask, implementation=chosen)
         merged = constrain(attended.reshape(x.shape), "batch", "sequence", "heads")
         out = nn.Dense(width, dtype=self.dtype, kernel_init=nn.initializers.xavier_uniform(), name="out")(merged)
         out = constrain(out, "batch", "sequence", "embed")
         return out if cache is None else (out, {"key": key, "value": value})
 
 
-def _logits(query: Array, key: Array, mask: Array | None) -> Float[Array, "batch heads queries keys"]:
+def _logits(
+    query: Array, key: Array, mask: Array | None, bias: Array | None
+) -> Float[Array, "batch heads queries keys"]:
     logits = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32) * query.shape[-1] ** -0.5
+    logits = logits if bias is None else logits + bias
     return logits if mask is None else jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
 
 
@@ -94,15 +98,17 @@ def explained(
     return weights
 
 
-def implementation(query: Array, key: Array, mask: Array | None) -> str:
+def implementation(query: Array, key: Array, mask: Array | None, bias: Array | None = None) -> str:
     """ "cudnn" (flash attention) on a GPU where its conditions hold, "xla" everywhere else.
 
     cuDNN takes 16-bit types and head sizes that are multiples of 8 up to 256; its backward pass
-    with a mask needs even sequence lengths.
+    with a mask needs even sequence lengths. With a bias it needs them too, and they are odd where there is a class
+    token; its gradient would also be rounded to 16 bits. So what has a bias goes to XLA.
     """
     head_dim, lengths = query.shape[-1], (query.shape[1], key.shape[1])
     sixteen_bit = query.dtype in (jnp.bfloat16, jnp.float16)
     even = mask is None or all(length % 2 == 0 for length in lengths)
-    if jax.default_backend() == "gpu" and sixteen_bit and head_dim % 8 == 0 and head_dim <= 256 and even:
+    fits = sixteen_bit and head_dim % 8 == 0 and head_dim <= 256 and even and bias is None
+    if jax.default_backend() == "gpu" and fits:
         return "cudnn"
     return "xla"

@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from mmjax.models import variants
-from mmjax.models.multimodal import part_size, tower_size
+from mmjax.models.multimodal import has_class_token, part_size, tower_size
 from mmjax.models.token_drop import kept_tokens
 
 
@@ -17,11 +17,11 @@ def tower_flops(encoder: Mapping[str, Any], training: bool = False) -> int:
     if "image_size" in encoder:
         patch, patches = variants.parse(encoder["variant"])[1], patch_count(encoder)
         kept = kept_tokens(patches, encoder["token_drop"]) if training else patches
-        tokens = kept + (encoder["pooling"] == "cls")
+        tokens = kept + has_class_token(encoder)
         embed = patches * patch**2 * 3 * size.width
     else:
         tokens, embed = encoder["length"], 0
-    projections = tokens * (4 * size.width**2 + 2 * size.width * size.mlp_dim)
+    projections = tokens * (4 * size.width**2 + (3 if encoder["gated"] else 2) * size.width * size.mlp_dim)
     attention = 2 * tokens**2 * size.width
     pooling = tokens * 2 * size.width**2 if encoder["pooling"] == "map" else 0
     return 2 * (embed + size.depth * (projections + attention) + pooling)

@@ -14,19 +14,22 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree, UInt8
 
+from mmjax.errors import UserError
 from mmjax.models import variants
 from mmjax.models.decoder import Decoder
 from mmjax.models.fusion import Fusion
 from mmjax.models.patch import PatchEmbed, normalize
 from mmjax.models.pooling import Pool
-from mmjax.models.position import ImagePosition
-from mmjax.models.text import TextEmbed
+from mmjax.models.position import ImagePosition, Relative, RelativePosition
+from mmjax.models.text import TextEmbed, TokenHead
 from mmjax.models.token_drop import drop_tokens, kept_places
 from mmjax.models.transformer import Style, Transformer, layer_norm
 from mmjax.sharding.rules import constrain
 
 MAX_LOGIT_SCALE = 100.0
-PARTS = ("image", "text", "fusion", "matching", "masked", "decoder")  # what a model can be built of
+# What a model can be built of.
+PARTS = ("image", "text", "fusion", "matching", "masked", "decoder", "classifier", "image_tokens")
+CLASSIFIER_READS = ("pooled", "class_and_mean")
 
 
 def tower_size(encoder: Mapping[str, Any]) -> variants.Size:
@@ -45,17 +48,34 @@ def style_of(encoder: Mapping[str, Any]) -> Style:
     return Style(*(encoder[f"norm_{name}" if name == "epsilon" else name] for name in Style._fields))
 
 
-def _transformer(encoder: Mapping[str, Any], dtype: jnp.dtype) -> Transformer:
-    size = tower_size(encoder)
+def has_class_token(encoder: Mapping[str, Any]) -> bool:
+    """Whether an image tower's first token is one of no patch."""
+    return encoder["class_token"] or encoder["pooling"] == "cls"
+
+
+def position_grid(encoder: Mapping[str, Any]) -> tuple[int, int]:
+    """The rows and columns of patches that an image tower's learned positions are made for."""
+    return ((encoder["position_size"] or encoder["image_size"]) // variants.parse(encoder["variant"])[1],) * 2
+
+
+def _transformer(encoder: Mapping[str, Any], dtype: jnp.dtype, relative: Relative | None = None) -> Transformer:
+    size, style = tower_size(encoder), style_of(encoder)
     return Transformer(
-        size.depth, size.heads, size.mlp_dim, encoder["remat"], encoder["unroll"], dtype, style=style_of(encoder)
+        size.depth,
+        size.heads,
+        size.mlp_dim,
+        encoder["remat"],
+        encoder["unroll"],
+        dtype,
+        style=style,
+        relative=relative,
     )
 
 
 def _pool(encoder: Mapping[str, Any], dtype: jnp.dtype) -> Pool:
     size = tower_size(encoder)
-    has_class_token, norm, dense = encoder.get("class_token", False), encoder["pool_norm"], encoder["pool_dense"]
-    return Pool(encoder["pooling"], size.heads, size.mlp_dim, dtype, style_of(encoder), has_class_token, norm, dense)
+    class_token, norm, dense = encoder.get("class_token", False), encoder["pool_norm"], encoder["pool_dense"]
+    return Pool(encoder["pooling"], size.heads, size.mlp_dim, dtype, style_of(encoder), class_token, norm, dense)
 
 
 class ImageEncoder(nn.Module):
@@ -68,26 +88,48 @@ class ImageEncoder(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     def setup(self):
-        config, width = self.config, tower_size(self.config).width
+        config, (width, _, _, heads) = self.config, tower_size(self.config)
         self.patch = variants.parse(config["variant"])[1]
         self.patches = PatchEmbed(self.patch, width, self.dtype, config["patch_bias"])
-        self.has_class_token = config["class_token"] or config["pooling"] == "cls"
+        self.has_class_token = has_class_token(config)
         if self.has_class_token:
             self.class_token = self.param("class_token", nn.initializers.zeros, (1, width))
-        trained = (config["image_size"] // self.patch,) * 2
-        self.positions = ImagePosition(config["position"], trained, self.has_class_token)
+        if config["mask_token"]:
+            self.mask_token = self.param("mask_token", nn.initializers.normal(0.02), (1, width))
+        self.positions = ImagePosition(
+            config["position"], position_grid(config), self.has_class_token, config["position_interpolation"]
+        )
+        self.relative = Relative((config["image_size"] // self.patch,) * 2, self.has_class_token)
+        if config["relative_position"] == "shared":
+            self.relative_position = RelativePosition(self.relative, heads)
         if config["embed_norm"]:
             self.embed_norm = layer_norm(None, self.dtype, style_of(config))
-        self.transformer = _transformer(config, self.dtype)
+        self.transformer = _transformer(
+            config, self.dtype, self.relative if config["relative_position"] == "layer" else None
+        )
         self.pool = _pool(config, self.dtype)
 
     def __call__(
-        self, image: UInt8[Array, "batch height width 3"], rng: Key[Array, " batch"] | None = None
+        self,
+        image: UInt8[Array, "batch height width 3"],
+        rng: Key[Array, " batch"] | None = None,
+        masked: Bool[Array, "batch patches"] | None = None,
     ) -> tuple[Float[Array, "batch tokens embed"], None]:
-        """The tokens, and None: all of them are valid."""
+        """The tokens, and None: all of them are valid. Of patches that are `masked` only the places are known.
+
+        Raises:
+          UserError: the image is of another size than the relative positions.
+        """
         config = self.config
         x = self.patches(normalize(image, config["mean"], config["std"], self.dtype))
         grid = (image.shape[1] // self.patch, image.shape[2] // self.patch)
+        if config["relative_position"] and grid != self.relative.grid:
+            size = config["image_size"]
+            raise UserError(
+                f"an image of {image.shape[1]}x{image.shape[2]} pixels: relative positions are those of {size}x{size}"
+            )
+        if masked is not None:
+            x = jnp.where(masked[..., None], self.mask_token.astype(x.dtype), x)
         if self.has_class_token:
             token = jnp.broadcast_to(self.class_token.astype(x.dtype), (x.shape[0], 1, x.shape[2]))
             x = jnp.concatenate([token, x], axis=1)
@@ -95,7 +137,8 @@ class ImageEncoder(nn.Module):
         x = self.embed_norm(x) if config["embed_norm"] else x
         if rng is not None and config["token_drop"]:
             x = drop_tokens(x, rng, config["token_drop"], always_kept=int(self.has_class_token))
-        return self.transformer(x), None
+        bias = self.relative_position() if config["relative_position"] == "shared" else None
+        return self.transformer(x, bias=bias), None
 
 
 class TextEncoder(nn.Module):
@@ -190,6 +233,10 @@ class MultimodalModel(nn.Module):
         if "decoder" in self.parts:
             config = part_size(self.config["decoder"], tower_size(text)) | {"parallel": self.parallel}
             self.decoder = Decoder(config, text["vocab_size"], text["length"], self.dtype, style_of(text))
+        if "classifier" in self.parts:
+            self.classifier = nn.Dense(len(self.config["classifier"]["labels"]), dtype=jnp.float32)
+        if "image_tokens" in self.parts:
+            self.image_token_head = TokenHead(self.config["image_tokens"]["vocab_size"], dtype=self.dtype)
 
     def encode(self, modality: str, inputs: Array, rng: Key[Array, " batch"] | None = None) -> dict[str, Array]:
         """`tokens`, `valid` (of the tokens; None for all), `pooled`, `projected`, and `embedding`.
@@ -199,11 +246,16 @@ class MultimodalModel(nn.Module):
         tokens, valid = self.tokens(modality, inputs, rng)
         return {"tokens": tokens, "valid": valid, **self.embed(modality, tokens, valid)}
 
-    def tokens(self, modality: str, inputs: Array, rng: Key[Array, " batch"] | None = None) -> tuple[Array, Any]:
-        """What the tower makes of its input, and which of the tokens are no padding (None: all)."""
+    def tokens(
+        self, modality: str, inputs: Array, rng: Key[Array, " batch"] | None = None, **options: Array
+    ) -> tuple[Array, Any]:
+        """What the tower makes of its input, and which of the tokens are no padding (None: all).
+
+        `options` are those of the tower, such as `masked` of the image's.
+        """
         if rng is not None:  # towers draw apart from each other
             rng = jax.vmap(jax.random.fold_in, (0, None))(rng, sorted(self.config["encoders"]).index(modality))
-        return self.towers[modality](inputs, rng)
+        return self.towers[modality](inputs, rng, **options)
 
     def embed(self, modality: str, tokens: Array, valid: Array | None) -> dict[str, Array]:
         """`pooled` tokens; `projected` into the shared space, float32 [batch, embed_dim]; `embedding`: of unit norm."""
@@ -218,6 +270,20 @@ class MultimodalModel(nn.Module):
         """`logit_scale` (not its logarithm) and `logit_bias`."""
         scale = jnp.exp(jnp.minimum(self.logit_scale, np.log(MAX_LOGIT_SCALE)))
         return {"logit_scale": scale, "logit_bias": self.logit_bias}
+
+    def classify(self, image: Float[Array, "batch tokens embed"]) -> Float[Array, "batch classes"]:
+        """Logits of an image's classes by its tokens: by what is pooled of them, or by the class token and the mean of
+        the others (DINOv2).
+        """
+        if self.config["classifier"]["reads"] == "pooled":
+            return self.classifier(self.towers["image"].pool(image))
+        return self.classifier(jnp.concatenate([image[:, 0], image[:, 1:].mean(axis=1)], axis=-1))
+
+    def predict_image_tokens(self, image: Float[Array, "batch tokens embed"]) -> Float[Array, "batch patches vocab"]:
+        """Logits of the visual token of each patch, by the image's tokens ("BEiT: BERT Pre-Training of Image
+        Transformers", Bao et al. 2022, section 2.4).
+        """
+        return self.image_token_head(image[:, int(has_class_token(self.config["encoders"]["image"])) :])
 
     def match(self, text: Text, image: Float[Array, "batch tokens embed"]) -> Float[Array, "batch 2"]:
         """Logits of "does not belong" and "belongs" for pairs of a text and an image's tokens."""
@@ -278,4 +344,8 @@ class MultimodalModel(nn.Module):
             self.predict(text, image)
         if "decoder" in self.parts:
             self.caption(text, image, jnp.zeros(len(text.ids), bool) if self.parallel else None)
+        if "classifier" in self.parts:
+            self.classify(image)
+        if "image_tokens" in self.parts:
+            self.predict_image_tokens(image)
         return {**out, **self.logits()}

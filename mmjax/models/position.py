@@ -1,10 +1,18 @@
-"""Position embeddings: learned and 2-D sine-cosine, and how they follow a change of resolution."""
+"""Position embeddings: learned, 2-D sine-cosine and relative ones, and how they follow a change of resolution."""
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
+
+from mmjax.sharding.rules import constrain
+
+POSITIONS = ("learned", "sincos2d", "none")
+RELATIVE_POSITIONS = ("", "shared", "layer")
+INTERPOLATIONS = ("antialiased", "bicubic")
 
 
 def sincos_2d(grid: tuple[int, int], width: int) -> Float[np.ndarray, "tokens width"]:
@@ -23,34 +31,107 @@ def sincos_2d(grid: tuple[int, int], width: int) -> Float[np.ndarray, "tokens wi
 
 
 def resize(
-    table: Float[Array, "tokens width"], old: tuple[int, int], new: tuple[int, int]
+    table: Float[Array, "tokens width"],
+    old: tuple[int, int],
+    new: tuple[int, int],
+    interpolation: str = "antialiased",
 ) -> Float[Array, "new_tokens width"]:
-    """Interpolates a learned table from one grid of patches to another (bicubic, antialiased)."""
+    """Interpolates a learned table from one grid of patches to another.
+
+    Bicubic both ways: "antialiased", or "bicubic" without that and with PyTorch's kernel, as DINOv2 was evaluated.
+    """
     if old == new:
         return table
     grid = table.reshape(*old, table.shape[-1])
+    if interpolation == "bicubic":
+        rows, columns = (bicubic_weights(*lengths) for lengths in zip(old, new, strict=True))
+        return jnp.einsum("rh,cw,hwd->rcd", rows, columns, grid, precision="highest").reshape(-1, table.shape[-1])
     return jax.image.resize(grid, (*new, table.shape[-1]), "cubic").reshape(-1, table.shape[-1])
+
+
+def bicubic_weights(old: int, new: int) -> Float[np.ndarray, "new old"]:
+    """What each of `old` values on a line weighs in each of `new` values in their stead.
+
+    As by `torch.nn.functional.interpolate` without `align_corners` and `antialias`: the kernel of "Cubic convolution
+    interpolation for digital image processing" (Keys 1981, equation 4) with a = -0.75; the outermost value is repeated
+    beyond the edge.
+    """
+    places, weights = (np.arange(new) + 0.5) * old / new - 0.5, np.zeros((new, old))
+    for offset in range(-1, 3):
+        neighbours = np.floor(places) + offset
+        distance = np.abs(places - neighbours)
+        near = 1.25 * distance**3 - 2.25 * distance**2 + 1
+        far = -0.75 * (distance**3 - 5 * distance**2 + 8 * distance - 4)
+        clipped = np.clip(neighbours, 0, old - 1).astype(int)
+        np.add.at(weights, (np.arange(new), clipped), np.where(distance <= 1, near, far))
+    return weights.astype(np.float32)
 
 
 class ImagePosition(nn.Module):
     """Adds the embedding of each patch's place in the grid, and one of the class token where there is one.
 
-    `grid` is the one that the parameters are made for; another grid at call time interpolates them.
+    `kind` is in POSITIONS. `grid` is the one that the parameters are made for; another grid at call time interpolates
+    them, as `interpolation` (in INTERPOLATIONS) says.
     """
 
     kind: str
     grid: tuple[int, int]
     class_token: bool = False
+    interpolation: str = "antialiased"
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "batch tokens width"], grid: tuple[int, int]
     ) -> Float[Array, "batch tokens width"]:
         width, first = x.shape[-1], int(self.class_token)
+        if self.kind == "none":
+            return x
         if self.kind == "sincos2d":
             table = jnp.pad(sincos_2d(grid, width), ((first, 0), (0, 0)))
         else:
             init = nn.initializers.normal(width**-0.5)
             table = self.param("position", init, (first + self.grid[0] * self.grid[1], width))
-            table = jnp.concatenate([table[:first], resize(table[first:], self.grid, grid)])
+            table = jnp.concatenate([table[:first], resize(table[first:], self.grid, grid, self.interpolation)])
         return x + table.astype(x.dtype)
+
+
+class Relative(NamedTuple):
+    """A grid of patches that relative positions are between, and whether a class token comes before them."""
+
+    grid: tuple[int, int]
+    class_token: bool = False
+
+    def places(self) -> int:
+        """How many relative positions there are: 3 more with a class token."""
+        rows, columns = self.grid
+        return (2 * rows - 1) * (2 * columns - 1) + 3 * self.class_token
+
+    def index(self) -> Int[np.ndarray, "tokens tokens"]:
+        """The number of the relative position from each token to each other.
+
+        Those of patches go by rows, then columns, the query's place less the key's, from the least up. Then come: from
+        the class token to a patch, from a patch to it, and from it to itself.
+        """
+        rows, columns = self.grid
+        y, x = (axis.ravel() for axis in np.indices(self.grid))
+        down, right = (np.subtract.outer(axis, axis) for axis in (y, x))
+        index = (down + rows - 1) * (2 * columns - 1) + right + columns - 1
+        if not self.class_token:
+            return index
+        index, last = np.pad(index, ((1, 0), (1, 0))), self.places() - 1
+        index[0], index[:, 0], index[0, 0] = last - 2, last - 1, last
+        return index
+
+
+class RelativePosition(nn.Module):
+    """A bias of self-attention that each head learns for each relative position of two tokens ("Swin Transformer", Liu
+    et al. 2021, section 3.2), as BEiT has it.
+    """
+
+    relative: Relative
+    heads: int
+
+    @nn.compact
+    def __call__(self) -> Float[Array, "1 heads tokens tokens"]:
+        table = self.param("bias_table", nn.initializers.normal(0.02), (self.relative.places(), self.heads))
+        return constrain(table[self.relative.index()].transpose(2, 0, 1)[None], None, "heads", None, None)

@@ -9,6 +9,7 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from mmjax.models.attention import ATTENTION, SHIFT, Attention
+from mmjax.models.position import Relative, RelativePosition
 from mmjax.sharding.rules import constrain
 
 # What the backward pass finds saved; the rest it computes again.
@@ -21,6 +22,7 @@ REMAT_POLICIES = {
 ACTIVATIONS = {
     "gelu_tanh": nn.gelu,
     "gelu": partial(nn.gelu, approximate=False),
+    "silu": nn.silu,
     "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),  # of CLIP's first models
 }
 NORMS = ("pre", "post")
@@ -33,6 +35,7 @@ class Style(NamedTuple):
     after each layer (BERT). `epsilon` is that of the normalisations. Without `final_norm` there is none at the end.
     Without `key_bias` keys are projected without one (BEiT, Whisper). A `layer_scale` other than 0 is what a learned
     factor of each layer's outputs starts from ("Going deeper with Image Transformers", Touvron et al. 2021, section 2).
+    `gated` is for the MLPs of blocks: see `Mlp`.
     """
 
     norm: str = "pre"
@@ -41,6 +44,7 @@ class Style(NamedTuple):
     final_norm: bool = True
     key_bias: bool = True
     layer_scale: float = 0.0
+    gated: bool = False
 
 
 PRE_NORM = Style()
@@ -52,17 +56,27 @@ def layer_norm(name: str, dtype: jnp.dtype, style: Style = PRE_NORM) -> nn.Layer
 
 
 class Mlp(nn.Module):
-    """Two dense layers with an activation between them."""
+    """Two dense layers with an activation between them.
+
+    With `gated`, what is activated is a third layer's output, and the first one's is multiplied by it ("GLU Variants
+    Improve Transformer", Shazeer 2020, section 2; with silu: SwiGLU).
+    """
 
     mlp_dim: int
     dtype: jnp.dtype = jnp.float32
     activation: str = "gelu_tanh"
+    gated: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch tokens embed"]) -> Float[Array, "batch tokens embed"]:
         init = {"kernel_init": nn.initializers.xavier_uniform(), "bias_init": nn.initializers.normal(1e-6)}
-        hidden = nn.Dense(self.mlp_dim, dtype=self.dtype, name="up", **init)(x)
-        hidden = ACTIVATIONS[self.activation](constrain(hidden, "batch", "sequence", "mlp"))
+
+        def widened(name: str) -> Float[Array, "batch tokens mlp"]:
+            hidden = nn.Dense(self.mlp_dim, dtype=self.dtype, name=name, **init)(x)
+            return constrain(hidden, "batch", "sequence", "mlp")
+
+        activate, hidden = ACTIVATIONS[self.activation], widened("up")
+        hidden = activate(widened("gate")) * hidden if self.gated else activate(hidden)
         out = nn.Dense(x.shape[-1], dtype=self.dtype, name="down", **init)(hidden)
         return constrain(out, "batch", "sequence", "embed")
 
@@ -72,6 +86,8 @@ class Block(nn.Module):
 
     `cache` holds the keys and values of both attentions, `self` and `cross`; those of the context are computed once,
     where they are missing. Returns the tokens and the cache.
+
+    `bias` is added to the logits of self-attention; with `relative`, so is one of this block's own.
     """
 
     heads: int
@@ -79,6 +95,7 @@ class Block(nn.Module):
     dtype: jnp.dtype = jnp.float32
     cross: bool = False
     style: Style = PRE_NORM
+    relative: Relative | None = None
 
     @nn.compact
     def __call__(
@@ -88,13 +105,17 @@ class Block(nn.Module):
         mask: Bool[Array, "#batch #heads #tokens keys"] | None = None,
         context: Float[Array, "batch keys2 embed2"] | None = None,
         position: Int[Array, ""] | None = None,
+        bias: Float[Array, "1 heads tokens tokens"] | None = None,
     ) -> tuple[Float[Array, "batch tokens embed"], PyTree[Array] | None]:
+        if self.relative is not None:
+            own = RelativePosition(self.relative, self.heads, name="relative_position")()
+            bias = own if bias is None else bias + own
         kept: dict[str, Any] = {}
 
         def attend(name: str, tokens: Array) -> Array:
             attention = Attention(self.heads, self.dtype, self.style.key_bias, name=name)
             if cache is None:
-                return attention(tokens, mask=mask)
+                return attention(tokens, mask=mask, bias=bias)
             out, kept["self"] = attention(tokens, mask=mask, cache=cache["self"], position=position)
             return out
 
@@ -109,7 +130,11 @@ class Block(nn.Module):
         if self.cross and (context is not None or (cache is not None and "cross" in cache)):
             layers.append(("norm_cross", "cross_attention", attend_to_context))
         layers.append(
-            ("norm2", "mlp", lambda name, y: Mlp(self.mlp_dim, self.dtype, self.style.activation, name=name)(y))
+            (
+                "norm2",
+                "mlp",
+                lambda name, y: Mlp(self.mlp_dim, self.dtype, self.style.activation, self.style.gated, name=name)(y),
+            )
         )
         for norm_name, name, layer in layers:
             norm = layer_norm(norm_name, self.dtype, self.style)
@@ -126,7 +151,8 @@ class Transformer(nn.Module):
     """A stack of blocks and, with `style.norm` "pre" and `style.final_norm`, a final normalisation.
 
     The blocks' parameters are stacked over a leading layer axis, and so is a `cache`. `unroll` layers are laid out in
-    one iteration of the scan (0: all of them); it changes speed and compile time, not parameters.
+    one iteration of the scan (0: all of them); it changes speed and compile time, not parameters. All blocks add the
+    same `bias`, and with `relative` one of their own.
     """
 
     depth: int
@@ -137,6 +163,7 @@ class Transformer(nn.Module):
     dtype: jnp.dtype = jnp.float32
     cross: bool = False
     style: Style = PRE_NORM
+    relative: Relative | None = None
 
     @nn.compact
     def __call__(
@@ -146,6 +173,7 @@ class Transformer(nn.Module):
         context: Float[Array, "batch keys2 embed2"] | None = None,
         cache: PyTree[Array] | None = None,
         position: Int[Array, ""] | None = None,
+        bias: Float[Array, "1 heads tokens tokens"] | None = None,
     ) -> Float[Array, "batch tokens embed"] | tuple[Float[Array, "batch tokens embed"], PyTree[Array]]:
         x, kept = constrain(x, "batch", "sequence", "embed"), cache
         if self.depth:
@@ -156,12 +184,12 @@ class Transformer(nn.Module):
                 lambda module, carry, cache, *shared: module(carry, cache, *shared),
                 variable_axes={"params": 0, ATTENTION: 0, SHIFT: 0},
                 split_rngs={"params": True},
-                in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+                in_axes=(0, *[nn.broadcast] * 4),
                 length=self.depth,
                 unroll=self.unroll or self.depth,
             )
-            blocks = block(self.heads, self.mlp_dim, self.dtype, self.cross, self.style, name="blocks")
-            x, kept = stack(blocks, x, cache, mask, context, position)
+            blocks = block(self.heads, self.mlp_dim, self.dtype, self.cross, self.style, self.relative, name="blocks")
+            x, kept = stack(blocks, x, cache, mask, context, position, bias)
         if self.style.norm == "pre" and self.style.final_norm:
             x = layer_norm("norm", self.dtype, self.style)(x)
         return x if cache is None else (x, kept)

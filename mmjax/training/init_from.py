@@ -15,7 +15,7 @@ from mmjax.config import flatten, suggest
 from mmjax.data.text import Tokenizer
 from mmjax.errors import UserError
 from mmjax.interop.family import architecture
-from mmjax.models import variants
+from mmjax.models.multimodal import position_grid
 from mmjax.models.position import resize
 from mmjax.objectives import parts_of
 from mmjax.sharding.rules import parameter_shardings, path_name
@@ -23,7 +23,8 @@ from mmjax.training.state import TrainState
 
 # Settings of a tower that may differ where its parameters fit: they decide how much it sees, and not what it makes of
 # it, or belong to parameters, whose shapes are compared.
-_MAY_DIFFER = ("image_size", "length", "vocab_size", "projection", "projection_bias")
+_MAY_DIFFER = ("image_size", "length", "vocab_size", "projection", "projection_bias", "mask_token")
+_MAY_DIFFER += ("position_size", "position_interpolation")
 _TABLES = ("image/positions/position", "text/embed/position")
 
 
@@ -123,14 +124,12 @@ def _resized(
         if shape[0] <= table.shape[0]:
             return table[: shape[0]]
         return jax.image.resize(table, shape, "linear")
-    grids = []
-    for config in (there, here):
-        encoder = config.model.encoders.image
-        grids.append((encoder.image_size // variants.parse(encoder.variant)[1],) * 2)
+    encoder = there.model.encoders.image
+    grids = position_grid(encoder), position_grid(here.model.encoders.image)
     first = table.shape[0] - grids[0][0] ** 2
     if first != shape[0] - grids[1][0] ** 2:
         return None
-    return jnp.concatenate([table[:first], resize(table[first:], *grids)])
+    return jnp.concatenate([table[:first], resize(table[first:], *grids, encoder.position_interpolation)])
 
 
 def _differing(there: ConfigDict, here: ConfigDict, towers: set[str]) -> dict[str, tuple[Any, Any]]:

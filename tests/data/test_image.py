@@ -9,7 +9,7 @@ from PIL import Image, ImageOps
 
 from mmjax.data import image
 from mmjax.errors import RecordError, UserError
-from tests.data.make_goldens_image import CASES, GOLDENS, picture
+from tests.data.make_goldens_image import CASES, GOLDENS, READ, picture
 
 PHOTO = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)
 SMOOTH = np.asarray(Image.fromarray(picture(9, 13)).resize((130, 90), Image.Resampling.BICUBIC))
@@ -259,22 +259,23 @@ def test_a_file_that_is_no_image_is_named(tmp_path):
 
 
 def test_evaluation_resizes_like_pillow():
-    expected = np.asarray(Image.fromarray(PHOTO).resize((24, 24), Image.Resampling.BICUBIC))
-    np.testing.assert_array_equal(image.resize(PHOTO, 24), expected)
+    for resample in image.RESAMPLES:
+        expected = np.asarray(Image.fromarray(PHOTO).resize((24, 24), Image.Resampling[resample.upper()]))
+        np.testing.assert_array_equal(image.for_evaluation(PHOTO, image.Fit(24, resample=resample)), expected)
 
 
-@pytest.mark.parametrize("how", image.FOR_EVALUATION)
+@pytest.mark.parametrize("name", READ)
 @pytest.mark.parametrize(("height", "width", "size"), CASES)
-def test_evaluation_matches_the_stored_results_of_transformers(how, height, width, size):
-    expected = np.load(GOLDENS)[f"{how}_{height}x{width}"]
-    pixels = image.for_evaluation(picture(height, width), size, how)
+def test_evaluation_matches_the_stored_results_of_transformers(name, height, width, size):
+    expected = np.load(GOLDENS)[f"{name}_{height}x{width}"]
+    pixels = image.for_evaluation(picture(height, width), READ[name](size)[1])
     assert pixels.shape == expected.shape == (size, size, 3) and pixels.dtype == np.uint8
     assert np.abs(pixels.astype(int) - expected).max() <= 1 and distance(pixels, expected) < 0.01
 
 
 def test_the_centre_of_a_long_strip_costs_no_more_than_itself():
     strip = np.full((1, 200_000, 3), 9, np.uint8)
-    np.testing.assert_array_equal(image.center_crop(strip, 224), np.full((224, 224, 3), 9))
+    np.testing.assert_array_equal(image.for_evaluation(strip, image.Fit(224, "center_crop")), np.full((224, 224, 3), 9))
 
 
 def test_mirror():

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from mmjax.data import image
-from tests.data.make_goldens_image import CASES, import_torchvision, picture, processed
+from tests.data.make_goldens_image import CASES, READ, import_torchvision, picture, processed
 
 transformers = pytest.importorskip("transformers")
 
@@ -24,35 +24,24 @@ def torchvision():
         pytest.skip(str(error))
 
 
-def difference(name, how, pixels, size):
-    ours = image.for_evaluation(pixels, size, how)
-    return np.abs(ours.astype(int) - processed(name, pixels, size))
+def difference(name, backend, pixels, size):
+    if not hasattr(transformers, f"{name}ImageProcessor{backend}"):
+        pytest.skip(f"this transformers has no {name}ImageProcessor{backend}")
+    ours = image.for_evaluation(pixels, READ[name](size)[1])
+    return np.abs(ours.astype(int) - processed(name, pixels, size, backend))
 
 
-PROCESSORS = [
-    ("CLIPImageProcessor", "center_crop"),
-    ("CLIPImageProcessorPil", "center_crop"),
-    ("SiglipImageProcessor", "squash"),
-    ("SiglipImageProcessorPil", "squash"),
-]
-
-
-def require(name):
-    if not hasattr(transformers, name):
-        pytest.skip(f"this transformers has no {name}")
-
-
-@pytest.mark.parametrize(("name", "how"), PROCESSORS)
+@pytest.mark.parametrize("backend", ["", "Pil"])
+@pytest.mark.parametrize("name", READ)
 @pytest.mark.parametrize("case", [*CASES, (375, 500, 224), (601, 333, 224), (120, 77, 224)], ids=str)
-def test_synthetic_images_match(name, how, case):
-    require(name)
+def test_synthetic_images_match(name, backend, case):
     height, width, size = case
-    assert difference(name, how, picture(height, width), size).mean() < 0.5
+    assert difference(name, backend, picture(height, width), size).mean() < 0.5
 
 
-@pytest.mark.parametrize(("name", "how"), PROCESSORS)
-def test_photos_match(name, how):
-    require(name)
+@pytest.mark.parametrize("backend", ["", "Pil"])
+@pytest.mark.parametrize("name", READ)
+def test_photos_match(name, backend):
     if not PHOTOS.exists():
         pytest.skip(f"{PHOTOS} is not here")
     with tarfile.open(PHOTOS) as archive:
@@ -62,4 +51,4 @@ def test_photos_match(name, how):
         pixels = image.decode(data)
         np.testing.assert_array_equal(pixels, np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
         for size in (64, 224):
-            assert difference(name, how, pixels, size).mean() < 0.5
+            assert difference(name, backend, pixels, size).mean() < 0.5

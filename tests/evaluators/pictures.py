@@ -19,7 +19,7 @@ class Pictures:
         self.config.model.encoders.image = configs.image_encoder(image_size=16)
         self.mesh = make_mesh(devices=jax.devices()[:devices])
         self.table = np.asarray(table, np.float32)
-        self.means = [image.for_evaluation(image.decode(samples.png(n)), 16, "squash").mean() for n in range(30)]
+        self.means = [image.for_evaluation(image.decode(samples.png(n)), image.Fit(16)).mean() for n in range(30)]
         self.seen = []
 
     def agreed(self, array):

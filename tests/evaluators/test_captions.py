@@ -32,7 +32,7 @@ class Captioner:
         self.config = configs.default()
         self.config.model.encoders.image = configs.image_encoder(image_size=16)
         self.config.model.encoders.text = configs.text_encoder(length=length)
-        self.means = [image.for_evaluation(image.decode(samples.png(n)), 16, "squash").mean() for n in range(30)]
+        self.means = [image.for_evaluation(image.decode(samples.png(n)), image.Fit(16)).mean() for n in range(30)]
         self.caption, self.options, self.tokenizer = caption, None, Words()
 
     def caption_rows(self, count, load_images, **options):
@@ -100,7 +100,7 @@ def test_bits_per_byte_count_what_is_read_of_the_image_it_belongs_to():
 
 
 def picture(number):
-    return image.for_evaluation(image.decode(samples.png(number)), 16, "squash")
+    return image.for_evaluation(image.decode(samples.png(number)), image.Fit(16))
 
 
 def test_its_options_reach_the_search(tmp_path):

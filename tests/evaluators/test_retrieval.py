@@ -110,7 +110,7 @@ def test_perfect_embeddings_are_first():
 
 
 def test_the_contact_sheet_frames_the_right_image(tmp_path, openmoji_folder):
-    images = evaluation_images(open_source("openmoji", "test"), contact_sheet.TILE, "squash", range(3))[0]
+    images = evaluation_images(open_source("openmoji", "test"), image.Fit(contact_sheet.TILE), range(3))[0]
     path = tmp_path / "pictures" / "sheet.png"
     contact_sheet.draw(path, ["first", "a caption " * 20], [images, images[::-1]], [[True, False, False], [False] * 3])
     pixels = np.asarray(Image.open(path))
@@ -148,7 +148,7 @@ class Oracle:
 
     @staticmethod
     def mean(data):
-        return image.for_evaluation(image.decode(data), 16, "squash").mean()
+        return image.for_evaluation(image.decode(data), image.Fit(16)).mean()
 
     def encode(self, texts, length):
         return np.array([[int(text.split()[1])] for text in texts])

@@ -33,7 +33,7 @@ class Oracle:
 
     @staticmethod
     def mean(data):
-        return image.for_evaluation(image.decode(data), 16, "squash").mean()
+        return image.for_evaluation(image.decode(data), image.Fit(16)).mean()
 
     def logits(self):
         return {"logit_scale": 100.0, "logit_bias": 0.0}

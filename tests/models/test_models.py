@@ -92,7 +92,7 @@ def test_attention_on_a_gpu_takes_every_mask(mesh, monkeypatch):
     """cuDNN broadcasts no mask over the queries: what reaches it has their length."""
     seen = {}
 
-    def attention(query, key, value, mask=None, implementation=None):
+    def attention(query, key, value, bias=None, mask=None, implementation=None):
         seen.update(mask=mask, implementation=implementation)
         return query
 
@@ -102,6 +102,8 @@ def test_attention_on_a_gpu_takes_every_mask(mesh, monkeypatch):
     Attention(heads=4, dtype=jnp.bfloat16).init(KEY, x, mask=mask)
     assert seen["implementation"] == "cudnn" and seen["mask"].shape == (2, 1, 12, 12)
     Attention(heads=4, dtype=jnp.bfloat16).init(KEY, x[:, :11], mask=mask[..., :11])
+    assert seen["implementation"] == "xla"
+    Attention(heads=4, dtype=jnp.bfloat16).init(KEY, x, bias=jnp.zeros((1, 4, 12, 12)))
     assert seen["implementation"] == "xla"
 
 
