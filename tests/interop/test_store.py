@@ -343,6 +343,16 @@ def test_checksums_of_a_folder(tmp_path):
         store.find(folder)
 
 
+def test_checksums_of_shards(tmp_path):
+    store.save_tensors(tmp_path / "model.safetensors", VALUES, max_shard_bytes=24)
+    store.write_checksums(tmp_path)
+    assert_values(store.find(tmp_path))
+    shard = tmp_path / "model-00002-of-00002.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1] + b"\1")
+    with pytest.raises(UserError, match="model-00002-of-00002.safetensors is damaged or was changed"):
+        store.open_tensors(store.find(tmp_path))
+
+
 def test_a_pickle_is_not_opened_before_its_checksum_is_right(tmp_path, monkeypatch):
     (tmp_path / "pytorch_model.bin").write_bytes(b"right")
     store.write_checksums(tmp_path)
@@ -391,6 +401,15 @@ def test_a_remote_folder_is_copied_once(remote, files, monkeypatch, tmp_path):
     assert not list(tmp_path.rglob(".*"))  # nothing half copied
     (tmp_path / "cache" / "remote").rename(tmp_path / "away")
     assert_values(store.find("memory://bucket/model"))
+
+
+def test_a_client_that_keeps_listings(remote, monkeypatch):
+    kept, find = {}, type(remote).find
+    monkeypatch.setattr(type(remote), "find", lambda self, path, **how: kept.setdefault(path, find(self, path, **how)))
+    monkeypatch.setattr(type(remote), "invalidate_cache", lambda self, path=None: kept.clear())
+    assert not store.find("memory://bucket/model").has("vocab.txt")
+    remote.pipe("/bucket/model/vocab.txt", b"words")
+    assert store.find("memory://bucket/model").has("vocab.txt")
 
 
 def test_a_copy_that_stops_half_way(remote, monkeypatch, tmp_path):

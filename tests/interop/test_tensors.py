@@ -72,6 +72,13 @@ def test_data_is_not_brought_to_memory(tmp_path):
         found.get("other")
 
 
+def test_tensors_of_several_dtypes_are_written_aligned(tmp_path):
+    dtypes = (np.uint8, np.float64, ml_dtypes.bfloat16, np.float32)
+    save_tensors(tmp_path / "x.safetensors", {f"{i}": np.ones(3, dtype) for i, dtype in enumerate(dtypes)})
+    found = read_safetensors(tmp_path / "x.safetensors", "here")
+    assert not any(found.get(name).flags.owndata for name in found.names())
+
+
 def test_a_tensor_that_is_not_aligned(tmp_path):
     values = np.arange(4, dtype=np.float32)
     header = {
