@@ -50,13 +50,13 @@ class Pool(nn.Module):
             return x[:, -1]
         if self.kind == "eos":
             return jnp.take_along_axis(x, valid.sum(axis=1)[:, None, None] - 1, axis=1)[:, 0]
-        if self.kind == "mean" and self.class_token:
-            x = x[:, 1:]
         if self.kind == "mean" and is_explained(self):
             counted = jnp.ones(x.shape[:2], x.dtype) if valid is None else valid.astype(x.dtype)
+            counted = counted.at[:, 0].set(0) if self.class_token else counted
             weights = counted / jnp.maximum(counted.sum(axis=1, keepdims=True), 1)
             return jnp.einsum("bk,bkd->bd", explained(self, weights[:, None, None])[:, 0, 0], x)
         if self.kind == "mean":
+            x = x[:, 1:] if self.class_token else x
             if valid is None:
                 return x.mean(axis=1)
             weights = valid.astype(x.dtype)[..., None]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from mmjax import config as configs
 from mmjax.errors import UserError
 from mmjax.models import flops, position, variants
-from mmjax.models.attention import Attention
+from mmjax.models.attention import ATTENTION, Attention
 from mmjax.models.multimodal import ImageEncoder, MultimodalModel, tower_size
 from mmjax.models.patch import PatchEmbed
 from mmjax.models.pooling import Pool
@@ -69,12 +69,13 @@ def test_unknown_variants_are_refused():
 
 
 def test_attention_is_the_textbook_formula(mesh):
-    """Softmax(QK'/sqrt(d))V with numpy, self and cross, with a mask."""
+    """Softmax(QK'/sqrt(d) + B)V with numpy, self and cross, with a mask; also where its weights are asked for."""
     x, context = np.random.default_rng(0).normal(size=(2, 2, 5, 12)).astype(np.float32)
     mask = np.random.default_rng(1).random((2, 1, 1, 5)) < 0.7
     mask[..., 0] = True
+    bias = np.random.default_rng(2).normal(size=(1, 3, 5, 5)).astype(np.float32)
     module = Attention(heads=3)
-    for keys in (x, context):
+    for keys, added in ((x, None), (context, None), (x, bias)):
         params = module.init(KEY, x, keys, mask)
         p = jax.tree.map(np.asarray, params["params"])
 
@@ -82,10 +83,13 @@ def test_attention_is_the_textbook_formula(mesh):
             return (tokens @ p[name]["kernel"] + p[name]["bias"]).reshape(2, 5, 3, 4).transpose(0, 2, 1, 3)
 
         q, k, v = heads("query", x), heads("key", keys), heads("value", keys)
-        scores = np.where(mask, q @ k.transpose(0, 1, 3, 2) / 2, -np.inf)
+        scores = np.where(mask, q @ k.transpose(0, 1, 3, 2) / 2 + (0 if added is None else added), -np.inf)
         weights = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
         out = (weights @ v).transpose(0, 2, 1, 3).reshape(2, 5, 12) @ p["out"]["kernel"] + p["out"]["bias"]
-        np.testing.assert_allclose(module.apply(params, x, keys, mask), out, atol=1e-5)
+        np.testing.assert_allclose(module.apply(params, x, keys, mask, bias=added), out, atol=1e-5)
+        shown, found = module.apply(params, x, keys, mask, bias=added, mutable=[ATTENTION])
+        np.testing.assert_allclose(shown, out, atol=1e-5)
+        np.testing.assert_allclose(found[ATTENTION]["weights"], weights / weights.sum(-1, keepdims=True), atol=1e-5)
 
 
 def test_attention_on_a_gpu_takes_every_mask(mesh, monkeypatch):
@@ -168,6 +172,33 @@ def test_resized_positions_keep_what_is_smooth():
     np.testing.assert_array_equal(position.resize(ramp, (4, 4), (4, 4)), ramp)
     larger = position.resize(ramp, (4, 4), (8, 8)).reshape(8, 8)
     np.testing.assert_allclose(larger[2:-2, 0], np.arange(0.75, 2.5, 0.5), atol=0.1)
+
+
+def test_tables_that_pytorch_interpolates_keep_a_constant_and_the_order_of_a_ramp():
+    for old, new in ((5, 3), (3, 7), (4, 1), (1, 4), (37, 16)):
+        weights = position.bicubic_weights(old, new)
+        np.testing.assert_allclose(weights.sum(axis=1), 1, atol=1e-6)
+        np.testing.assert_allclose(weights, weights[::-1, ::-1], atol=1e-6)
+        assert (np.diff(weights @ np.arange(old, dtype=np.float32)) > (0 if old > 1 else -1)).all()
+    table = np.arange(12.0, dtype=np.float32)[:, None]
+    resized = position.resize(table, (3, 4), (6, 4), "bicubic").reshape(6, 4)
+    np.testing.assert_allclose(np.diff(resized, axis=1), 1, atol=1e-5)
+
+
+@given(rows=st.integers(1, 4), columns=st.integers(1, 4), class_token=st.booleans())
+@settings(deadline=None)
+def test_a_relative_position_is_that_of_all_tokens_as_far_apart(rows, columns, class_token):
+    relative = position.Relative((rows, columns), class_token)
+    index, places = relative.index(), {}
+    tokens = [None] * class_token + [(row, column) for row in range(rows) for column in range(columns)]
+    for i, query in enumerate(tokens):
+        for j, key in enumerate(tokens):
+            apart = (query[0] - key[0], query[1] - key[1]) if query and key else (query is None, key is None)
+            assert places.setdefault((bool(query and key), *apart), index[i, j]) == index[i, j]
+    assert len({*places.values()}) == len(places) and index.max() < relative.places()
+    if class_token:
+        last = relative.places() - 1
+        assert index[0, 0] == last and {*index[0, 1:]} == {last - 2} and {*index[1:, 0]} == {last - 1}
 
 
 def test_poolings(mesh):

@@ -1,14 +1,16 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
+from mmjax.sharding.rules import path_name
 from mmjax.training import setup
 from tests import tiny
 
 
-def run_one(tmp_path, token_drop=0.0, **changes):
+def run_one(tmp_path, token_drop=0.0, image=(), **changes):
     config = tiny.get_config()
-    config.model.encoders.image.token_drop = token_drop
+    config.model.encoders.image.update({"token_drop": token_drop, **dict(image)})
     config.train.update(changes)
     run = setup.prepare(config, tmp_path)
     rng = np.random.default_rng(0)
@@ -42,6 +44,25 @@ def test_microbatches_change_nothing_but_the_memory(tmp_path, openmoji_folder):
     assert metrics.keys() == expected.keys()
     for name, value in metrics.items():
         np.testing.assert_allclose(value, expected[name], rtol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("relative", ["layer", "shared"])
+def test_towers_with_relative_positions_gated_mlps_and_scaled_layers_are_trained(tmp_path, openmoji_folder, relative):
+    """Like BEiT's and DINOv2's; every parameter but the token of hidden patches, of which there are none, moves."""
+    settings = {"relative_position": relative, "position": "none", "gated": True, "activation": "silu"}
+    settings |= {"layer_scale": 0.1, "key_bias": False, "class_token": True, "mask_token": True, "pooling": "mean"}
+    run, batch = run_one(tmp_path, image=settings)
+    with jax.set_mesh(run.mesh):
+        state = run.make_state()
+        before = jax.tree.map(np.array, state.params["image"])
+        for _ in range(2):  # the first one's learning rate is 0
+            state, metrics = run.train_step(state, batch, ("contrastive",))
+    moved = jax.tree.map(lambda old, new: bool(np.any(old != np.asarray(new))), before, state.params["image"])
+    still = [path_name(path) for path, value in jax.tree_util.tree_leaves_with_path(moved) if not value]
+    assert still == ["mask_token"] and np.isfinite(metrics["train/loss"])
+    block = state.params["image"]["transformer"]["blocks"]
+    table = {"layer": block, "shared": state.params["image"]}[relative]["relative_position"]["bias_table"]
+    assert table.shape == {"layer": (2, 12, 8), "shared": (12, 8)}[relative] and "gate" in block["mlp"]
 
 
 def test_tokens_are_dropped_anew_in_every_step(tmp_path, openmoji_folder):
