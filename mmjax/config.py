@@ -45,6 +45,7 @@ def default() -> ConfigDict:
                 "embed_dim": 512,
                 "logit_scale": 10.0,
                 "logit_bias": -10.0,
+                "max_logit_scale": 100.0,
                 "fusion": {},
                 "decoder": {},
                 "parts": (),
@@ -129,6 +130,8 @@ def image_encoder(**fields) -> ConfigDict:
     own = {
         "image_size": 224,
         "resize": "squash",
+        "interpolation": "bicubic",
+        "max_patches": 0,
         "position": "learned",
         "pooling": "map",
         "class_token": False,

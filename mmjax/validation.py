@@ -92,7 +92,7 @@ def _check_like(given: ConfigDict, template: ConfigDict, prefix: str) -> None:
 
 def _check_names(config: ConfigDict) -> None:
     from mmjax.data.augment import RESIZES
-    from mmjax.data.image import FOR_EVALUATION
+    from mmjax.data.image import FOR_EVALUATION, INTERPOLATIONS
     from mmjax.data.pipeline import CAPTION_CHOICES
     from mmjax.models.decoder import IMAGE_INPUTS, READS
     from mmjax.models.pooling import POOLINGS
@@ -113,6 +113,7 @@ def _check_names(config: ConfigDict) -> None:
         if name == "image":
             _one_of(encoder.position, ("learned", "sincos2d"), "model.encoders.image.position")
             _one_of(encoder.resize, FOR_EVALUATION, "model.encoders.image.resize")
+            _one_of(encoder.interpolation, INTERPOLATIONS, "model.encoders.image.interpolation")
     for name in PARTS:
         if part := config.model[name]:
             _one_of(part.remat, REMAT_POLICIES, f"model.{name}.remat")
@@ -138,6 +139,7 @@ def _check_model(config: ConfigDict) -> None:
     _at_least(config, "model.embed_dim", 1)
     if config.model.logit_scale <= 0:
         raise UserError(f"config.model.logit_scale: {config.model.logit_scale} is not positive")
+    _at_least(config, "model.max_logit_scale", 0)
     for name, encoder in config.model.encoders.items():
         key = f"model.encoders.{name}"
         _at_least(config, f"{key}.unroll", 0)
@@ -155,6 +157,8 @@ def _check_model(config: ConfigDict) -> None:
                 raise UserError(f'config.{key}.variant: "{encoder.variant}" names no patch size; write it like B/16')
             if encoder.image_size < 1 or encoder.image_size % patch:
                 raise UserError(f"config.{key}.image_size: patch {patch} does not divide {encoder.image_size} pixels")
+            if encoder.max_patches:
+                raise UserError(f"config.{key}.max_patches: images of any shape cannot be trained on; set it to 0")
             if encoder.position == "sincos2d" and size.width % 4:
                 raise UserError(f"config.{key}.width: sincos2d positions need a multiple of 4, not {size.width}")
             if len(encoder.mean) != 3 or len(encoder.std) != 3 or min(encoder.std) <= 0:

@@ -25,6 +25,8 @@ Pixels = UInt8[np.ndarray, "height width 3"]
 MAX_PIXELS = 2**27  # of one image: 400 MB as RGB
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # Pillow would warn of less; what it lets through is refused here
 
+INTERPOLATIONS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}  # names in the config
+
 _TOO_LARGE = f"it has more than {MAX_PIXELS:,} pixels"
 _WANTED_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 _JPEG_START = b"\xff\xd8\xff"
@@ -115,15 +117,17 @@ def pixels_of(image: Any) -> Pixels:
     return pixels
 
 
-def resize(pixels: Pixels, size: int) -> UInt8[np.ndarray, "size size 3"]:
-    """Squashes to a square with Pillow's antialiased bicubic filter, as SigLIP is evaluated."""
+def resize(pixels: Pixels, size: int, interpolation: str = "bicubic") -> UInt8[np.ndarray, "size size 3"]:
+    """Squashes to a square with one of Pillow's antialiased filters, as SigLIP (and with "bilinear" SigLIP 2) is
+    evaluated.
+    """
     if pixels.shape[:2] == (size, size):
         return pixels
-    return np.asarray(Image.fromarray(pixels).resize((size, size), Image.Resampling.BICUBIC))
+    return np.asarray(Image.fromarray(pixels).resize((size, size), INTERPOLATIONS[interpolation]))
 
 
-def center_crop(pixels: Pixels, size: int) -> UInt8[np.ndarray, "size size 3"]:
-    """Resizes the shorter side to `size` with the same filter and cuts out the middle, as CLIP is evaluated.
+def center_crop(pixels: Pixels, size: int, interpolation: str = "bicubic") -> UInt8[np.ndarray, "size size 3"]:
+    """Resizes the shorter side to `size` with such a filter and cuts out the middle, as CLIP is evaluated.
 
     The longer side and the offset are rounded down, as by `transformers.CLIPImageProcessor`. Only what is cut out is
     computed, so a long strip of an image costs no more; one value in ten thousand is rounded the other way for it.
@@ -134,15 +138,17 @@ def center_crop(pixels: Pixels, size: int) -> UInt8[np.ndarray, "size size 3"]:
     top, left = (resized_height - size) // 2, (resized_width - size) // 2
     down, right = height / resized_height, width / resized_width
     box = (left * right, top * down, (left + size) * right, (top + size) * down)
-    return np.asarray(Image.fromarray(pixels).resize((size, size), Image.Resampling.BICUBIC, box=box))
+    return np.asarray(Image.fromarray(pixels).resize((size, size), INTERPOLATIONS[interpolation], box=box))
 
 
-FOR_EVALUATION = {"squash": resize, "center_crop": center_crop}
+FOR_EVALUATION = {"squash": resize, "center_crop": center_crop}  # names of `resize` in the config
 
 
-def for_evaluation(pixels: Pixels, size: int, how: str) -> UInt8[np.ndarray, "size size 3"]:
-    """Brings an image to the size of evaluation; `how` is a name in FOR_EVALUATION."""
-    return FOR_EVALUATION[how](pixels, size)
+def for_evaluation(
+    pixels: Pixels, size: int, how: str, interpolation: str = "bicubic"
+) -> UInt8[np.ndarray, "size size 3"]:
+    """Brings an image to the size of evaluation; names are those of FOR_EVALUATION and INTERPOLATIONS."""
+    return FOR_EVALUATION[how](pixels, size, interpolation)
 
 
 def mirror(pixels: Pixels) -> Pixels:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
 from ml_collections import ConfigDict
@@ -120,9 +121,17 @@ def save(
         write_atomically(folder / name, (json.dumps(content, indent=2) + "\n").encode())
     if tokenizer is not None:
         tokenizer_files.write(folder, tokenizer, config.model.encoders.text.length, chosen.name)
-    store.save_tensors(folder / chosen.weights, table.write(chosen.table(config), params))
+    store.save_tensors(folder / chosen.weights, table.write(chosen.table(config), _as_computed(config, params)))
     store.write_checksums(folder)
     return chosen.name
+
+
+def _as_computed(config: ConfigDict, params: PyTree) -> PyTree:
+    """The parameters with the logit scale that the model computes with: there it has no upper bound."""
+    most = config.model.max_logit_scale
+    if not most or "logit_scale" not in params:
+        return params
+    return {**params, "logit_scale": np.minimum(params["logit_scale"], np.log(most, dtype=np.float32))}
 
 
 def _fitting(config: ConfigDict, name: str) -> Family:

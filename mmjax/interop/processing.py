@@ -30,8 +30,12 @@ def read(processor: Mapping[str, Any], size: int, default: Mapping[str, Any]) ->
     for step in ("do_resize", "do_rescale", "do_normalize"):
         if not processor.get(step, True):
             raise UserError(f"preprocessor_config.json: {step} is off, and a model here always does it")
-    if processor.get("resample", 3) not in _RESAMPLE:
-        raise UserError(f"preprocessor_config.json: resample {processor['resample']} is neither bilinear nor bicubic")
+    if "resample" in processor:
+        if processor["resample"] not in _RESAMPLE:
+            raise UserError(
+                f"preprocessor_config.json: resample {processor['resample']} is neither bilinear nor bicubic"
+            )
+        found["interpolation"] = _RESAMPLE[processor["resample"]]
     if "size" in processor or "do_center_crop" in processor:
         found["resize"] = "center_crop" if processor.get("do_center_crop", "crop_size" in processor) else "squash"
     cut = _side(processor.get("crop_size", size) if found["resize"] == "center_crop" else processor.get("size", size))
@@ -49,7 +53,7 @@ def write(encoder: Mapping[str, Any], kind: str) -> dict[str, Any]:
         "do_convert_rgb": True,
         "do_resize": True,
         "size": {"shortest_edge": size} if crops else square,
-        "resample": 3,
+        "resample": {ours: theirs for theirs, ours in _RESAMPLE.items()}[encoder["interpolation"]],
         "do_center_crop": crops,
         **({"crop_size": square} if crops else {}),
         "do_rescale": True,
