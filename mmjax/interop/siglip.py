@@ -79,7 +79,7 @@ def naflex_to_config(theirs: Json, files: Mapping[str, Json]) -> ConfigDict:
     own = {key: value for key, value in processor.items() if key != "size"}  # which would be of one resolution
     image = config.model.encoders.image
     image.update(processing.read(own, side * patch, _NAFLEX_IMAGE))
-    image.max_patches = processor.get("max_num_patches", 256)
+    image.max_patches = processor.get("max_num_patches") or 256
     return config
 
 
@@ -109,8 +109,6 @@ def to_theirs(config: ConfigDict) -> dict[str, Any]:
 def naflex_to_theirs(config: ConfigDict) -> dict[str, Any]:
     """The config.json of a SigLIP 2 model for images of any shape."""
     image = config.model.encoders.image
-    if not image.max_patches:
-        raise UserError("this is no model of the family siglip2: model.encoders.image.max_patches is 0")
     return _to_theirs(config, "siglip2", "Siglip2", {"num_patches": (image.image_size // parse(image.variant)[1]) ** 2})
 
 

@@ -1,0 +1,178 @@
+"""SigLIP and SigLIP 2: the results of transformers that make_goldens_siglip.py stored, and images of any shape."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mmjax import api
+from mmjax import config as configs
+from mmjax.data.image_reader import Reader, fitting_grid
+from mmjax.errors import UserError
+from mmjax.interop import pretrained
+from mmjax.models import position
+from mmjax.validation import validate
+from tests import tiny
+from tests.data.make_goldens_image import picture
+from tests.interop import folders
+
+TOWER = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_hidden_layers": 2}
+TEXT = TOWER | {"vocab_size": 40, "max_position_embeddings": 6}
+SETTINGS = {
+    "siglip": {"vision_config": TOWER | {"image_size": 8, "patch_size": 4}, "text_config": TEXT},
+    "siglip2": {"vision_config": TOWER | {"patch_size": 4, "num_patches": 9}, "text_config": TEXT},
+}
+PROCESSORS = {"siglip": {}, "siglip2": {"patch_size": 4, "max_num_patches": 30}}
+SHAPES = ((50, 80), (97, 33), (8, 8), (4, 700))  # of pictures: a row of patches is the last
+# Height, width, patch, patches: what is asked of `fitting_grid`.
+SIZES = (
+    (480, 640, 16, 256), (640, 480, 16, 256), (1, 1, 16, 256), (3, 5000, 16, 256), (5000, 3, 16, 256),
+    (224, 224, 16, 256), (256, 256, 16, 256), (375, 500, 16, 784), (1000, 1001, 14, 729), (31, 57, 16, 1024),
+)  # fmt: skip
+
+
+def pictures():
+    return [picture(height, width) for height, width in SHAPES]
+
+
+def ids():
+    return np.random.default_rng(1).integers(0, 40, (len(SHAPES), 6)).astype(np.int32)
+
+
+def load(folder, kind, **files):
+    settings = {"model_type": kind, **SETTINGS[kind]}
+    return api.load(folders.write(folder, kind, settings, preprocessor_config=PROCESSORS[kind], **files))
+
+
+def inputs_of(kind, model):
+    """The images that the goldens are of."""
+    return folders.pixels(4, 8) if kind == "siglip" else Reader.of(model.config.model.encoders.image)(pictures())
+
+
+def encoded(model, images):
+    """Embeddings of rows that are read already, and of the ids."""
+    image = model.encode_rows("image", 4, lambda rows: jax.tree.map(lambda values: values[rows], images), 8)
+    return image, model.encode_rows("text", 4, lambda rows: ids()[rows], 8)
+
+
+@pytest.mark.parametrize("kind", SETTINGS)
+def test_features_are_those_of_transformers(kind, tmp_path):
+    wanted, model = np.load(folders.GOLDENS / "siglip.npz"), load(tmp_path, kind)
+    image, text = encoded(model, inputs_of(kind, model))
+    assert folders.relative_error(image, wanted[f"{kind}_image"]) < 1e-4
+    assert folders.relative_error(text, wanted[f"{kind}_text"]) < 1e-4
+    np.testing.assert_allclose(model.similarity(image, text), wanted[f"{kind}_probabilities"], rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", SETTINGS)
+def test_the_export_is_the_same_model(kind, tmp_path):
+    model = load(tmp_path / "in", kind)
+    assert pretrained.save(tmp_path / "out", model.config, model.params, None) == kind
+    folders.assert_same_tensors(tmp_path / "in", tmp_path / "out")
+    assert api.load(tmp_path / "out").config.to_dict() == model.config.to_dict()
+
+
+def test_grids_are_those_of_transformers():
+    wanted = np.load(folders.GOLDENS / "siglip.npz")["grids"]
+    np.testing.assert_array_equal([fitting_grid(*size) for size in SIZES], wanted)
+
+
+def test_patches_are_those_of_transformers():
+    wanted = np.load(folders.GOLDENS / "siglip.npz")
+    found = Reader(0, interpolation="bilinear", max_patches=30, patch=4)(pictures())
+    np.testing.assert_array_equal(found["shape"], wanted["shape"])
+    np.testing.assert_array_equal(found["patches"], wanted["patches"])
+
+
+def test_positions_are_those_of_torch():
+    wanted = np.load(folders.GOLDENS / "siglip.npz")
+    shapes = [(2, 9), (3, 3), (1, 30), (5, 6), (30, 1)]
+    found = position.resize_each(wanted["table"], (5, 5), jnp.array(shapes), 30)
+    for row, (rows, columns) in zip(found, shapes, strict=True):
+        expected = wanted[f"table_{rows}x{columns}"]
+        np.testing.assert_allclose(row[: rows * columns], expected, atol=1e-5)
+        assert np.isfinite(row).all()
+
+
+def test_one_program_encodes_images_of_all_shapes(tmp_path):
+    model = load(tmp_path, "siglip2")
+    one = [model.encode_image([each]) for each in pictures()]
+    assert model._encode._cache_size() == 1
+    np.testing.assert_allclose(model.encode_image(pictures()), np.concatenate(one), atol=1e-6)
+    assert model._encode._cache_size() == 1
+
+
+def test_padding_is_not_seen(tmp_path):
+    model = load(tmp_path, "siglip2")
+    clean = inputs_of("siglip2", model)
+    counts = clean["shape"].prod(axis=1)
+    assert (counts < 30).any()
+    noisy = clean | {"patches": clean["patches"].copy()}
+    for row, count in enumerate(counts):
+        noisy["patches"][row, count:] = 200
+    np.testing.assert_array_equal(encoded(model, noisy)[0], encoded(model, clean)[0])
+
+
+def test_images_keep_their_shape(tmp_path):
+    """A picture and the same one turned on its side have grids that are turned, and other embeddings."""
+    model = load(tmp_path, "siglip2")
+    upright = picture(40, 90)
+    shapes = Reader.of(model.config.model.encoders.image)([upright, upright.swapaxes(0, 1)])["shape"]
+    assert shapes[0].tolist() == shapes[1][::-1].tolist() and shapes[0, 0] < shapes[0, 1]
+
+
+def test_images_of_any_shape_are_not_trained_on():
+    config = tiny.get_config()
+    config.model.encoders.image.max_patches = 16
+    with pytest.raises(UserError, match="config.model.encoders.image.max_patches: images of any shape cannot be"):
+        validate(config, 1)
+
+
+def test_a_large_logit_scale_is_kept_or_bounded_as_the_config_says(tmp_path):
+    model = load(tmp_path / "in", "siglip")
+    params = model.params | {"logit_scale": jnp.float32(np.log(112.7))}
+    assert api.Model(model.config, params, None, model.mesh).logits()["logit_scale"] == pytest.approx(112.7)
+    model.config.model.max_logit_scale = 100.0
+    assert api.Model(model.config, params, None, model.mesh).logits()["logit_scale"] == pytest.approx(100)
+    pretrained.save(tmp_path / "out", model.config, params, None, "siglip")
+    assert folders.tensors_of(tmp_path / "out")["logit_scale"] == pytest.approx(np.log(100))
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "message"),
+    [
+        ("siglip", {"vision_config": {"vision_use_head": False}}, "vision_use_head is off"),
+        ("siglip", {"text_config": {"projection_size": 8}}, "embedded in 16 dimensions, texts in 8"),
+        ("siglip2", {"vision_config": {"num_patches": 10}}, "num_patches 10 is no square"),
+        ("siglip2", {"vision_config": {"patch_size": 8}}, "patches of 4 pixels for a model of 8"),
+    ],
+)
+def test_settings_that_we_have_no_model_for_are_named(kind, change, message, tmp_path):
+    settings = {"model_type": kind} | {name: tower | change.get(name, {}) for name, tower in SETTINGS[kind].items()}
+    with pytest.raises(UserError, match=message):
+        folders.write(tmp_path, kind, settings, preprocessor_config=PROCESSORS[kind])
+
+
+def test_a_model_of_one_resolution_is_no_siglip2(tmp_path):
+    model = load(tmp_path / "in", "siglip")
+    with pytest.raises(
+        UserError, match="no model of the family siglip2: model.encoders.image.max_patches is 0 and not 256$"
+    ):
+        pretrained.save(tmp_path / "out", model.config, model.params, None, "siglip2")
+
+
+def test_the_recipe_can_be_exported():
+    from configs import siglip_b, vit_b
+
+    for recipe in (siglip_b, vit_b):
+        config = recipe.get_config()
+        assert pretrained._fitting(config, "").name == "siglip"
+
+
+def test_the_defaults_are_siglip_base(tmp_path):
+    """A config.json that says nothing is google/siglip-base-patch16-224, and that is the recipe's architecture."""
+    config = folders.FAMILIES["siglip"].to_config({"model_type": "siglip"}, {})
+    image, text = config.model.encoders.image, config.model.encoders.text
+    assert (image.width, image.depth, image.image_size, image.variant) == (768, 12, 224, "B/16")
+    assert (text.width, text.length, text.vocab_size, config.model.embed_dim) == (768, 64, 32_000, 768)
+    assert isinstance(config, type(configs.default()))
