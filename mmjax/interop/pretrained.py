@@ -116,11 +116,13 @@ def save(
     chosen = _fitting(config, family)
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty")
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in {chosen.settings: chosen.to_theirs(config), **chosen.files(config)}.items():
-        write_atomically(folder / name, (json.dumps(content, indent=2) + "\n").encode())
+    files = {chosen.settings: chosen.to_theirs(config), **chosen.files(config)}
+    contents = {name: (json.dumps(content, indent=2) + "\n").encode() for name, content in files.items()}
     if tokenizer is not None:
-        tokenizer_files.write(folder, tokenizer, config.model.encoders.text.length, chosen.name)
+        contents |= tokenizer_files.contents(tokenizer, config.model.encoders.text.length, chosen.name)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in contents.items():
+        write_atomically(folder / name, content)
     store.save_tensors(folder / chosen.weights, table.write(chosen.table(config), _as_computed(config, params)))
     store.write_checksums(folder)
     return chosen.name

@@ -1,14 +1,21 @@
 """SigLIP and SigLIP 2: the results of transformers that make_goldens_siglip.py stored, and images of any shape."""
 
+import base64
+import json
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from mmjax import api
 from mmjax import config as configs
+from mmjax.data import text
 from mmjax.data.image_reader import Reader, fitting_grid
 from mmjax.errors import UserError
+from mmjax.evaluators import EVALUATORS
 from mmjax.interop import pretrained
 from mmjax.models import position
 from mmjax.validation import validate
@@ -39,9 +46,9 @@ def ids():
     return np.random.default_rng(1).integers(0, 40, (len(SHAPES), 6)).astype(np.int32)
 
 
-def load(folder, kind, **files):
-    settings = {"model_type": kind, **SETTINGS[kind]}
-    return api.load(folders.write(folder, kind, settings, preprocessor_config=PROCESSORS[kind], **files))
+def load(folder, kind, **text_settings):
+    settings = {"model_type": kind, **SETTINGS[kind], "text_config": TEXT | text_settings}
+    return api.load(folders.write(folder, kind, settings, preprocessor_config=PROCESSORS[kind]))
 
 
 def inputs_of(kind, model):
@@ -159,6 +166,76 @@ def test_a_model_of_one_resolution_is_no_siglip2(tmp_path):
         UserError, match="no model of the family siglip2: model.encoders.image.max_patches is 0 and not 256$"
     ):
         pretrained.save(tmp_path / "out", model.config, model.params, None, "siglip2")
+
+
+def write_tokenizer(folder, **settings):
+    """The sentencepiece model of SigLIP's class that the goldens of texts are of."""
+    packed = json.loads((Path(text.__file__).parents[2] / "tests/data/goldens/text_siglip.json").read_text())["files"]
+    for name, content in packed.items():
+        (folder / name).write_bytes(base64.b64decode(content))
+    config = json.loads((folder / "tokenizer_config.json").read_text()) | settings
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return text.load(folder)
+
+
+@pytest.mark.parametrize("settings", [{}, {"do_lower_case": False}, {"tokenizer_class": "T5Tokenizer"}], ids=str)
+def test_a_sentencepiece_tokenizer_is_exported_with_its_class(settings, tmp_path):
+    model = load(tmp_path / "in", "siglip")
+    tokenizer = write_tokenizer(tmp_path / "in", **settings)
+    pretrained.save(tmp_path / "out", model.config, model.params, tokenizer)
+    assert (tmp_path / "out" / "spiece.model").read_bytes() == (tmp_path / "in" / "spiece.model").read_bytes()
+    written = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert written["tokenizer_class"] == settings.get("tokenizer_class", "SiglipTokenizer")
+    assert written.get("do_lower_case") == {"T5Tokenizer": None}.get(written["tokenizer_class"], not settings)
+    assert (written["eos_token"], written["unk_token"], written["model_max_length"]) == ("</s>", "<unk>", 6)
+    sentences = ["A Fox, and a dog!", "ＦＵＬＬ  width", ""]
+    again = api.load(tmp_path / "out").tokenizer
+    np.testing.assert_array_equal(again.encode(sentences, 20), tokenizer.encode(sentences, 20))
+    assert again.to_json() == tokenizer.to_json()
+
+
+def test_a_sentencepiece_tokenizer_that_no_class_reads_is_refused_before_anything_is_written(tmp_path):
+    model = load(tmp_path / "in", "siglip")
+    write_tokenizer(tmp_path / "in")
+    bare = text.SentencePieceTokenizer((tmp_path / "in" / "spiece.model").read_bytes(), offset=1, layout=text.Layout(0))
+    with pytest.raises(UserError, match="no class of transformers gives the same ids"):
+        pretrained.save(tmp_path / "out", model.config, model.params, bare)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["retrieval", "zeroshot"])
+def test_evaluators_read_images_of_any_shape(kind, tmp_path):
+    model = load(tmp_path / "model", "siglip2", vocab_size=300)
+    model = api.Model(model.config, model.params, write_tokenizer(tmp_path), model.mesh)
+    names = ["a red fox", "the lazy dog", "two small boats", "a green hat"]
+    for name, pixels in zip(names, pictures(), strict=True):
+        Image.fromarray(pixels).save(tmp_path / f"{name}.png")
+    rows = [{"filepath": f"{name}.png", "caption": name} for name in names]
+    (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    entry = getattr(configs, kind)(source=f"jsonl:{tmp_path / 'list.jsonl'}", split="train", batch_size=8)
+    if kind == "zeroshot":
+        (tmp_path / "templates.txt").write_text("{}")
+        entry.templates = str(tmp_path / "templates.txt")
+    evaluator = EVALUATORS[kind](entry)
+    evaluator.open()
+    found = dict(evaluator.evaluate(model))
+    scores = model.encode_image(pictures()) @ model.encode_text(names).T
+    assert "unreadable_images" not in found
+    if kind == "retrieval":
+        assert found["image_to_text_mean_rank"] == np.mean(1 + (scores > np.diag(scores)[:, None]).sum(axis=1))
+        assert found["text_to_image_mean_rank"] == np.mean(1 + (scores > np.diag(scores)).sum(axis=0))
+    else:
+        assert found["zeroshot_top1"] == np.mean(scores.argmax(axis=1) == np.arange(4))
+
+
+def test_robustness_and_explanations_want_images_of_one_size(tmp_path):
+    from mmjax import explain
+
+    model = load(tmp_path, "siglip2")
+    with pytest.raises(UserError, match="robustness corrupts images of one size"):
+        list(EVALUATORS["robustness"](configs.robustness()).evaluate(model))
+    with pytest.raises(UserError, match="of any shape cannot be explained"):
+        explain._views(model, pictures(), keep_shape=False)
 
 
 def test_the_recipe_can_be_exported():
