@@ -120,6 +120,16 @@ def test_padding_is_not_seen(tmp_path):
     np.testing.assert_array_equal(encoded(model, noisy)[0], encoded(model, clean)[0])
 
 
+def test_at_the_size_of_training_it_is_a_model_for_one_size(tmp_path):
+    model = load(tmp_path, "siglip2")
+    model.config.model.encoders.image.max_patches = 9
+    flexible = api.Model(model.config, model.params, None, model.mesh)
+    config = model.config.copy_and_resolve_references()
+    config.model.encoders.image.max_patches = 0
+    fixed, images = api.Model(config, model.params, None, model.mesh), list(folders.pixels(4, 12))
+    np.testing.assert_allclose(flexible.encode_image(images), fixed.encode_image(images), atol=1e-6)
+
+
 def test_images_keep_their_shape(tmp_path):
     """A picture and the same one turned on its side have grids that are turned, and other embeddings."""
     model = load(tmp_path, "siglip2")
