@@ -6,7 +6,6 @@ import pytest
 
 from mmjax import config as configs
 from mmjax.data.image_reader import Reader
-from mmjax.sharding.mesh import make_mesh
 from tests.interop import folders, peers
 from tests.interop.test_siglip import pictures
 
@@ -40,11 +39,6 @@ SMALL_NAFLEX = {
 }
 # google/siglip-base-patch16-224 is SiglipConfig's default; google/siglip2-base-patch16-224 has Gemma's vocabulary.
 LARGE_VOCABULARY = {"text_config": {"vocab_size": 256_000}}
-
-
-def one_device():
-    """Where the large models are: eight copies would not fit."""
-    return make_mesh(devices=jax.devices()[:1])
 
 
 def reference_of(kind, settings):
@@ -89,7 +83,7 @@ def test_features_and_probabilities_agree_both_ways(settings, tmp_path):
     pixels = folders.pixels(4, reference.config.vision_config.image_size)
     inputs = {"pixel_values": peers.normalized(pixels, configs.image_encoder(mean=(0.5,) * 3, std=(0.5,) * 3))}
     set_logits(reference, inputs, ids)
-    model, exported = peers.there_and_back(reference, tmp_path, mesh=one_device())
+    model, exported = peers.there_and_back(reference, tmp_path)
     check(model, exported, reference, pixels, inputs, ids)
 
 
@@ -105,6 +99,6 @@ def test_images_of_any_shape_agree_both_ways(settings, tmp_path):
     images = pictures()
     inputs = dict(processor([Image.fromarray(each) for each in images], return_tensors="pt"))
     set_logits(reference, inputs, ids)
-    model, exported = peers.there_and_back(reference, tmp_path, processor.save_pretrained, one_device())
+    model, exported = peers.there_and_back(reference, tmp_path, processor.save_pretrained)
     rows = Reader.of(model.config.model.encoders.image)(images)
     check(model, exported, reference, rows, inputs, ids)
