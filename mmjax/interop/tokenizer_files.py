@@ -7,7 +7,6 @@ from typing import Any
 from mmjax.data.text import SentencePieceTokenizer, Tokenizer
 from mmjax.errors import UserError
 
-
 # The classes that read sentencepiece models, by how a text is cleaned, and their settings. T5's is the plain one.
 _SENTENCEPIECE = {
     "siglip": {"tokenizer_class": "SiglipTokenizer", "do_lower_case": True},

@@ -18,6 +18,7 @@ from mmjax.errors import UserError
 from mmjax.evaluators import EVALUATORS
 from mmjax.interop import pretrained
 from mmjax.models import position
+from mmjax.training.init_from import taken_over
 from mmjax.validation import validate
 from tests import tiny
 from tests.data.make_goldens_image import picture
@@ -128,6 +129,17 @@ def test_at_the_size_of_training_it_is_a_model_for_one_size(tmp_path):
     config.model.encoders.image.max_patches = 0
     fixed, images = api.Model(config, model.params, None, model.mesh), list(folders.pixels(4, 12))
     np.testing.assert_allclose(flexible.encode_image(images), fixed.encode_image(images), atol=1e-6)
+
+
+def test_a_run_on_images_of_one_size_starts_from_a_model_for_any_shape(tmp_path, mesh):
+    model = load(tmp_path, "siglip2")
+    config = model.config.copy_and_resolve_references()
+    config.model.encoders.image.update(max_patches=0, image_size=16)
+    config.init_from.first = configs.init_from(source=str(tmp_path))
+    taken = taken_over(config, pretrained.shapes_of(config, mesh), mesh)
+    assert "resized: image/positions/position [9, 16] to [16, 16]" in taken.report[0]
+    kernel = model.params["image"]["patches"]["patch_embed"]["kernel"]
+    np.testing.assert_array_equal(taken.params["image/patches/patch_embed/kernel"], kernel)
 
 
 def test_images_keep_their_shape(tmp_path):
