@@ -17,6 +17,7 @@ from mmjax.building import init_params, make_module
 from mmjax.config import completed, from_plain, suggest
 from mmjax.data import image as image_ops
 from mmjax.data import text as tokenizers
+from mmjax.data.image_reader import Reader
 from mmjax.errors import UserError
 from mmjax.interop import pretrained
 from mmjax.models.flops import patch_count
@@ -31,7 +32,7 @@ from mmjax.training import checkpoint
 from mmjax.validation import check_divides
 
 Embeddings = Float[np.ndarray, "rows embed_dim"]
-LoadRows = Callable[[np.ndarray], np.ndarray]  # row numbers -> their inputs
+LoadRows = Callable[[np.ndarray], PyTree[np.ndarray]]  # row numbers -> their inputs
 BATCH_SIZE = 256
 SHORTEST = 8  # tokens of a batch of texts
 
@@ -108,13 +109,8 @@ class Model:
         return self.encode_rows("image", len(images), self._loader(images))
 
     def _loader(self, images: Sequence[Any]) -> LoadRows:
-        fit = image_ops.fit_of(self.config.model.encoders.image)
-
-        def load_rows(indices: np.ndarray) -> np.ndarray:
-            pixels = (image_ops.pixels_of(images[index]) for index in indices)
-            return np.stack([image_ops.for_evaluation(each, fit) for each in pixels])
-
-        return load_rows
+        reader = Reader.of(self.config.model.encoders.image)
+        return lambda indices: reader(image_ops.pixels_of(images[index]) for index in indices)
 
     def encode_text(self, texts: Sequence[str]) -> Embeddings:
         """Encodes texts of any length and language; what exceeds the model's length is cut off."""

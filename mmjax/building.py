@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.core import FrozenDict
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 from ml_collections import ConfigDict
 
+from mmjax.models import variants
 from mmjax.models.multimodal import MultimodalModel
 from mmjax.objectives import parts_of
 
@@ -31,8 +32,15 @@ def init_params(config: ConfigDict, module: MultimodalModel) -> PyTree:
     encoders, devices = config.model.encoders, jax.sharding.get_abstract_mesh()
     rows, batch = devices.shape["data"] * devices.shape["fsdp"], {}
     if "image" in encoders:
-        size = encoders.image.image_size
-        batch["image"] = jnp.zeros((rows, size, size, 3), jnp.uint8)
+        batch["image"] = _blank(encoders.image, rows)
     if "text" in encoders:
         batch["text"] = jnp.ones((rows, encoders.text.length), jnp.int32)
     return module.init(jax.random.key(config.seed), batch)["params"]
+
+
+def _blank(encoder: ConfigDict, rows: int) -> PyTree[Array]:
+    if encoder.max_patches:
+        values = 3 * variants.parse(encoder.variant)[1] ** 2
+        patches = jnp.zeros((rows, encoder.max_patches, values), jnp.uint8)
+        return {"patches": patches, "shape": jnp.ones((rows, 2), jnp.int32)}
+    return jnp.zeros((rows, encoder.image_size, encoder.image_size, 3), jnp.uint8)

@@ -324,6 +324,8 @@ def _patch(model: Model) -> int:
 def _views(model: Model, images: Sequence[Any], keep_shape: bool) -> list[UInt8[np.ndarray, "height width 3"]]:
     """The images as the tower is to read them."""
     encoder, patch, seen = model.config.model.encoders.image, _patch(model), []
+    if encoder.max_patches:
+        raise UserError("a model that reads images of any shape cannot be explained")
     for image in images:
         pixels = image_ops.pixels_of(image)
         if keep_shape:

@@ -58,7 +58,9 @@ def _full() -> ConfigDict:
     config = configs.default()
     config.model.embed_dim = 768
     config.model.encoders.image = configs.image_encoder(variant="B/16", image_size=224, pooling="map", projection=False)
-    config.model.encoders.text = configs.text_encoder(variant="B", vocab_size=32_000, length=64, pooling="last")
+    config.model.encoders.text = configs.text_encoder(
+        variant="B", vocab_size=32_000, length=64, pooling="last", projection_bias=True
+    )
     config.streams.train = configs.stream(source="openmoji:en", batch_size=32_768)
     config.streams.train.preprocess.crop_min_area = 1.0
     config.streams.train.preprocess.mirror = 0.0

@@ -143,6 +143,7 @@ def _check_model(config: ConfigDict) -> None:
     _at_least(config, "model.embed_dim", 1)
     if config.model.logit_scale <= 0:
         raise UserError(f"config.model.logit_scale: {config.model.logit_scale} is not positive")
+    _at_least(config, "model.max_logit_scale", 0)
     for name, encoder in config.model.encoders.items():
         key = f"model.encoders.{name}"
         _at_least(config, f"{key}.unroll", 0)
@@ -196,6 +197,8 @@ def _check_image_encoder(encoder: ConfigDict, size: Any, patch: int, key: str) -
     for field, low in (("image_size", 1), ("position_size", 0)):
         if encoder[field] < low or encoder[field] % patch:
             raise UserError(f"config.{key}.{field}: patch {patch} does not divide {encoder[field]} pixels")
+    if encoder.max_patches:
+        raise UserError(f"config.{key}.max_patches: images of any shape cannot be trained on; set it to 0")
     if encoder.position == "sincos2d" and size.width % 4:
         raise UserError(f"config.{key}.width: sincos2d positions need a multiple of 4, not {size.width}")
     if len(encoder.mean) != 3 or len(encoder.std) != 3 or min(encoder.std) <= 0:

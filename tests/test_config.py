@@ -8,7 +8,8 @@ from mmjax.errors import UserError
 from mmjax.validation import validate
 from tests import tiny
 
-RECIPES = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
+# All but the one that needs a model to start from.
+RECIPES = [path for path in sorted((Path(__file__).parent.parent / "configs").glob("*.py")) if path.stem != "finetune"]
 
 
 def load(path, *arguments):

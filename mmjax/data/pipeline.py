@@ -23,6 +23,7 @@ from ml_collections import ConfigDict
 
 from mmjax.data import image
 from mmjax.data.augment import Augment
+from mmjax.data.image_reader import GREY, Reader, Rows
 from mmjax.data.sources import Source
 from mmjax.data.text import Tokenizer
 from mmjax.errors import RecordError, UserError
@@ -452,16 +453,20 @@ def _start_worker(index: int, count: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def evaluation_images(source: Source, fit: image.Fit, indices: Sequence[int]) -> tuple[np.ndarray, list[str]]:
-    """Records' images as evaluation sees them: uint8 [len(indices), size, size, 3].
+def evaluation_images(source: Source, reader: Reader, indices: Sequence[int]) -> tuple[Rows, list[str]]:
+    """Records' images as evaluation sees them.
 
     An image that cannot be read is grey, so that the number of images does not depend on it; also returned is a line
     of text for each of these.
     """
-    images, broken = np.full((len(indices), fit.size, fit.size, 3), 128, np.uint8), []
-    for row, index in enumerate(indices):
-        try:
-            images[row] = image.for_evaluation(decode_image(source[int(index)]), fit)
-        except RecordError as error:
-            broken.append(str(error))
-    return images, broken
+    broken: list[str] = []
+
+    def images() -> Iterator[image.Pixels]:  # one at a time: as they are stored they can be large
+        for index in indices:
+            try:
+                yield decode_image(source[int(index)])
+            except RecordError as error:
+                broken.append(str(error))
+                yield GREY
+
+    return reader(images()), broken

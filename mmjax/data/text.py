@@ -3,7 +3,8 @@
 Where the `tokenizer_config.json` of a checkpoint lies beside its vocabulary, a row is what `transformers` gives with
 `padding="max_length", truncation=True, padding_side="right"`. Only sentencepiece models go another way in two rare
 cases: what looks like a special token in a text ("</s>") is text, and long stacks of combining marks are normalized
-as sentencepiece does it, not as the `tokenizers` library does.
+as sentencepiece does it, not as the `tokenizers` library does. And a GemmaTokenizer with `do_lower_case`, which that
+class does not read, loses capitals here: SigLIP 2's checkpoints for one resolution say so, and were trained so.
 """
 
 import base64

@@ -68,7 +68,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not config:
         return {}
     family = str(config.get("tokenizer_class") or "").removesuffix("Fast").removesuffix("Tokenizer")
-    if model.get("model_type") == "siglip2":  # its checkpoints name Gemma's class, which keeps capitals
+    # SigLIP 2's checkpoints name Gemma's class, which keeps capitals whatever they say.
+    if model.get("model_type") == "siglip2" or (family == "Gemma" and config.get("do_lower_case")):
         family = "Siglip2"
     config["replaces_ends"] = family in _FREE_ENDS and bool({"add_bos_token", "add_eos_token"} & set(config))
     config = family_config(family) | config
@@ -192,8 +193,10 @@ def _set_case(parts: dict[str, Any], config: dict[str, Any]) -> None:
     """What Hugging Face changes in the normalizer of a tokenizer.json."""
     normalizer = parts.get("normalizer")
     if config["family"] == "Siglip2":
-        both = [{"type": "Lowercase"}, *([normalizer] if normalizer else [])]
-        parts["normalizer"] = {"type": "Sequence", "normalizers": both}
+        steps = normalizer["normalizers"] if normalizer and normalizer["type"] == "Sequence" else [normalizer]
+        if steps[:1] != [{"type": "Lowercase"}]:
+            steps = [{"type": "Lowercase"}, *filter(None, steps)]
+        parts["normalizer"] = {"type": "Sequence", "normalizers": steps}
     if normalizer and normalizer["type"] == "BertNormalizer":
         names = {"do_lower_case": "lowercase", "strip_accents": "strip_accents"}
         names["tokenize_chinese_chars"] = "handle_chinese_chars"

@@ -8,7 +8,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from mmjax.api import Model
-from mmjax.data.image import Fit
+from mmjax.data.image_reader import Reader
 from mmjax.data.pipeline import captions_of, evaluation_images
 from mmjax.data.sources import open_entry
 from mmjax.evaluators import caption_metrics, contact_sheet
@@ -59,7 +59,7 @@ class Captions:
         yield "bits_per_byte", bits_per_byte(model, self._wanted, load_images, entry.batch_size)
         if entry.contact_sheet and picture is not None:
             chosen = np.linspace(0, len(found) - 1, min(SHEET, len(found))).astype(int)
-            images = evaluation_images(self._source, Fit(contact_sheet.TILE), chosen)[0]
+            images = evaluation_images(self._source, Reader(contact_sheet.TILE), chosen)[0]
             contact_sheet.draw_captions(
                 picture, images, [(found[row], right[row], self._wanted[row][0]) for row in chosen]
             )

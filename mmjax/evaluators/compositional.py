@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from mmjax import files
 from mmjax.api import Model
 from mmjax.data import image as image_ops
+from mmjax.data.image_reader import GREY, Reader, Rows
 from mmjax.errors import RecordError, UserError, one_line
 
 # What fields are called, here and in the files of these benchmarks.
@@ -97,18 +98,18 @@ class Compositional:
         self, model: Model, pairs: list[tuple[str, str]], unreadable: dict[str, None]
     ) -> Float[np.ndarray, " pairs"]:
         """How similar each image and text are; every image and text is encoded once."""
-        entry, fit = self._entry, image_ops.fit_of(model.config.model.encoders.image)
+        entry, reader = self._entry, Reader.of(model.config.model.encoders.image)
         names, texts = (list(dict.fromkeys(column)) for column in zip(*pairs, strict=True))
 
-        def load_images(rows: np.ndarray) -> np.ndarray:
-            pixels = np.full((len(rows), fit.size, fit.size, 3), 128, np.uint8)
-            for place, row in enumerate(rows):
-                try:
-                    decoded = image_ops.decode(files.read_inside(self._root, names[row]))
-                    pixels[place] = image_ops.for_evaluation(decoded, fit)
-                except RecordError:
-                    unreadable[names[row]] = None
-            return pixels
+        def decode(name: str) -> image_ops.Pixels:
+            try:
+                return image_ops.decode(files.read_inside(self._root, name))
+            except RecordError:
+                unreadable[name] = None
+                return GREY
+
+        def load_images(rows: np.ndarray) -> Rows:
+            return reader(decode(names[row]) for row in rows)
 
         ids = model.tokenizer.encode(texts, model.config.model.encoders.text.length)
 

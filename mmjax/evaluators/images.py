@@ -5,10 +5,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int, UInt8
+from jaxtyping import Int
 
 from mmjax.api import Model
-from mmjax.data.image import fit_of
+from mmjax.data.image_reader import Reader, Rows
 from mmjax.data.pipeline import evaluation_images, pixels_or_bytes
 from mmjax.data.sources import Source
 
@@ -17,13 +17,14 @@ class Images:
     """Loads rows: those of `source`, or its records `places[row]`. Remembers which could not be read: they are grey."""
 
     def __init__(self, source: Source, model: Model, places: Int[np.ndarray, " rows"] | None = None):
-        self._source, self._fit, self._places = source, fit_of(model.config.model.encoders.image), places
+        self._source, self._places = source, places
+        self._reader = Reader.of(model.config.model.encoders.image)
         self.broken: set[str] = set()
 
-    def __call__(self, rows: Int[np.ndarray, " rows"]) -> UInt8[np.ndarray, "rows height width 3"]:
-        """The pixels of these rows."""
+    def __call__(self, rows: Int[np.ndarray, " rows"]) -> Rows:
+        """These rows, as the tower reads them."""
         places = rows if self._places is None else self._places[rows]
-        pixels, broken = evaluation_images(self._source, self._fit, places)
+        pixels, broken = evaluation_images(self._source, self._reader, places)
         self.broken.update(broken)
         return pixels
 

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from ml_collections import ConfigDict
 
 from mmjax.api import Model
-from mmjax.data.image import Fit
+from mmjax.data.image_reader import Reader
 from mmjax.data.pipeline import captions_of, evaluation_images
 from mmjax.data.sources import Source, open_entry
 from mmjax.errors import UserError
@@ -110,7 +110,7 @@ class Retrieval:
             contact_sheet.draw(
                 picture,
                 [captions[row] for row in chosen],
-                [evaluation_images(self._gallery, Fit(contact_sheet.TILE), gallery[row])[0] for row in shown],
+                [evaluation_images(self._gallery, Reader(contact_sheet.TILE), gallery[row])[0] for row in shown],
                 [[int(index) == text_owners[row] for index in line] for row, line in zip(chosen, shown, strict=True)],
             )
 

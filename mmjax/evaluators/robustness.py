@@ -12,6 +12,7 @@ from jaxtyping import Int, UInt8
 
 from mmjax.api import Model
 from mmjax.data import image
+from mmjax.errors import UserError
 from mmjax.evaluators import contact_sheet
 from mmjax.evaluators.corruptions import STRENGTHS, VERSIONS, versions
 from mmjax.evaluators.images import Images, unreadable
@@ -26,7 +27,12 @@ class Robustness(ZeroShot):
         of all, `mean_corrupted_top1`, and what share of `top1_clean` that is, `relative_robustness`.
 
         Draws the first image's corruptions if asked to.
+
+        Raises:
+          UserError: the model reads images of any shape.
         """
+        if model.config.model.encoders.image.max_patches:
+            raise UserError("robustness corrupts images of one size, and this model reads images of any shape")
         entry, load_images = self._entry, Images(self._source, model)
         top1 = dict(zip(VERSIONS, self._accuracies(model, load_images), strict=True))
         yield from unreadable(load_images)

@@ -54,7 +54,7 @@ def to_config(theirs: Json, files: Mapping[str, Json]) -> ConfigDict:
     text, vision = _TEXT | theirs.get("text_config", {}), _VISION | theirs.get("vision_config", {})
     config = configs.default()
     config.model.embed_dim = theirs.get("projection_dim", 512)
-    config.model.logit_scale, config.model.logit_bias = 1 / 0.07, 0.0
+    config.model.logit_scale, config.model.logit_bias, config.model.max_logit_scale = 1 / 0.07, 0.0, 0.0
     config.model.encoders.image = configs.image_encoder(
         **tower(vision),
         variant=f"B/{vision['patch_size']}",

@@ -40,6 +40,7 @@ _FREE = ("variant", "remat", "unroll", "token_drop", "tokenizer", "resize", "res
 def architecture(config: ConfigDict) -> dict[str, Any]:
     """What of a config decides which parameters a model has and what it computes from them."""
     model = config.model.to_dict()
+    model.pop("max_logit_scale")  # what is saved is below it
     for name, encoder in model["encoders"].items():
         from mmjax.models.multimodal import tower_size
         from mmjax.models.variants import parse

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
 from ml_collections import ConfigDict
@@ -118,14 +119,24 @@ def save(
     chosen = _fitting(config, family)
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty")
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in {chosen.settings: chosen.to_theirs(config), **chosen.files(config)}.items():
-        write_atomically(folder / name, (json.dumps(content, indent=2) + "\n").encode())
+    files = {chosen.settings: chosen.to_theirs(config), **chosen.files(config)}
+    contents = {name: (json.dumps(content, indent=2) + "\n").encode() for name, content in files.items()}
     if tokenizer is not None:
-        tokenizer_files.write(folder, tokenizer, config.model.encoders.text.length, chosen.name)
-    store.save_tensors(folder / chosen.weights, table.write(chosen.table(config), params))
+        contents |= tokenizer_files.contents(tokenizer, config.model.encoders.text.length, chosen.name)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in contents.items():
+        write_atomically(folder / name, content)
+    store.save_tensors(folder / chosen.weights, table.write(chosen.table(config), _as_computed(config, params)))
     store.write_checksums(folder)
     return chosen.name
+
+
+def _as_computed(config: ConfigDict, params: PyTree) -> PyTree:
+    """The parameters with the logit scale that the model computes with: there it has no upper bound."""
+    most = config.model.max_logit_scale
+    if not most or "logit_scale" not in params:
+        return params
+    return {**params, "logit_scale": np.minimum(params["logit_scale"], np.log(most, dtype=np.float32))}
 
 
 def _fitting(config: ConfigDict, name: str) -> Family:

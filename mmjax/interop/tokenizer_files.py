@@ -2,26 +2,35 @@
 
 import base64
 import json
-from pathlib import Path
 from typing import Any
 
-from mmjax.data.text import Tokenizer
-from mmjax.files import write_atomically
+from mmjax.data.text import SentencePieceTokenizer, Tokenizer
+from mmjax.errors import UserError
+
+# The classes that read sentencepiece models, by how a text is cleaned, and their settings. T5's is the plain one.
+_SENTENCEPIECE = {
+    "siglip": {"tokenizer_class": "SiglipTokenizer", "do_lower_case": True},
+    "siglip_cased": {"tokenizer_class": "SiglipTokenizer", "do_lower_case": False},
+    "": {"tokenizer_class": "T5Tokenizer", "extra_ids": 0},
+}
 
 
-def write(folder: Path, tokenizer: Tokenizer, length: int, family: str) -> None:
-    """Writes `tokenizer.json` (or `spiece.model`) and `tokenizer_config.json`.
+def contents(tokenizer: Tokenizer, length: int, family: str) -> dict[str, bytes]:
+    """The files by name: `tokenizer.json` (or `spiece.model`) and `tokenizer_config.json`.
 
     Args:
-      folder: where to.
       tokenizer: of a model.
       length: at which its texts are cut off.
       family: of the model.
+
+    Raises:
+      UserError: transformers has no class that would give the same ids.
     """
     saved = tokenizer.to_json()
-    if saved["format"] == "sentencepiece":
-        write_atomically(folder / "spiece.model", base64.b64decode(saved["data"]))
-        return
+    settings = {"model_max_length": length, "padding_side": "right", "clean_up_tokenization_spaces": False}
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        settings |= _of_sentencepiece(tokenizer, saved["offset"])
+        return {"spiece.model": base64.b64decode(saved["data"]), "tokenizer_config.json": _json(settings)}
     definition = saved["data"]
     vocabulary = definition["model"]["vocab"]
     added = {token["id"]: token["content"] for token in definition.get("added_tokens", ())}
@@ -31,16 +40,34 @@ def write(folder: Path, tokenizer: Tokenizer, length: int, family: str) -> None:
     names = {index: piece for piece, index in pieces} | added
     layout = saved["layout"]
     definition = definition | {"post_processor": _template(layout, names), "padding": None, "truncation": None}
-    write_atomically(folder / "tokenizer.json", json.dumps(definition, ensure_ascii=False).encode())
-    settings: dict[str, Any] = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": length,
-        "padding_side": "right",
-        "clean_up_tokenization_spaces": False,
-    }
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if family == "siglip2":  # whose class puts no tokens around a text but by these
+        ends = {"add_bos_token": bool(layout["before"]), "add_eos_token": bool(layout["after"])}
+        settings |= {"tokenizer_class": "Siglip2Tokenizer", **ends}
     special = {"pad": tokenizer.pad_id, "bos": tokenizer.start_id, "eos": tokenizer.end_id, "mask": tokenizer.mask_id}
     settings |= {f"{name}_token": names[index] for name, index in special.items() if index in names}
-    write_atomically(folder / "tokenizer_config.json", (json.dumps(settings, indent=2) + "\n").encode())
+    return {
+        "tokenizer.json": json.dumps(definition, ensure_ascii=False).encode(),
+        "tokenizer_config.json": _json(settings),
+    }
+
+
+def _json(settings: dict[str, Any]) -> bytes:
+    return (json.dumps(settings, indent=2) + "\n").encode()
+
+
+def _of_sentencepiece(tokenizer: SentencePieceTokenizer, offset: int) -> dict[str, Any]:
+    """What the tokenizer_config.json says of the class and its special tokens."""
+    layout, processor = tokenizer.layout, tokenizer.processor
+    pieces = range(processor.vocab_size())
+    has_class = layout.clean in _SENTENCEPIECE and not offset and not layout.before and len(layout.after) == 1
+    fits_t5 = processor.unk_id() == 2 and layout.after[:1] == (processor.piece_to_id("</s>"),)  # all that it can have
+    if not has_class or layout.pad_id not in pieces or not (layout.clean or fits_t5):
+        raise UserError(
+            "this model's sentencepiece tokenizer cannot be saved: no class of transformers gives the same ids"
+        )
+    tokens = {"pad": layout.pad_id, "eos": layout.after[0], "unk": processor.unk_id()}
+    return _SENTENCEPIECE[layout.clean] | {f"{name}_token": processor.id_to_piece(tokens[name]) for name in tokens}
 
 
 def _template(layout: dict[str, Any], names: dict[int, str]) -> dict[str, Any] | None:

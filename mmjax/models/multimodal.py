@@ -26,7 +26,6 @@ from mmjax.models.token_drop import drop_tokens, kept_places
 from mmjax.models.transformer import Style, Transformer, layer_norm
 from mmjax.sharding.rules import constrain
 
-MAX_LOGIT_SCALE = 100.0
 # What a model can be built of.
 PARTS = ("image", "text", "fusion", "matching", "masked", "decoder", "classifier", "image_tokens")
 CLASSIFIER_READS = ("pooled", "class_and_mean")
@@ -82,6 +81,9 @@ class ImageEncoder(nn.Module):
     """A vision Transformer (Dosovitskiy et al. 2021). Fields: `mmjax.config.image_encoder`.
 
     With a key for each row (in training), `token_drop` of the patches are left out.
+
+    With `max_patches` an input is the dictionary of patches and shapes of `mmjax.data.image_reader.Reader`: images of
+    any shape (NaFlex: "SigLIP 2", Tschannen et al. 2025, section 2.4.2).
     """
 
     config: Mapping[str, Any]
@@ -111,16 +113,19 @@ class ImageEncoder(nn.Module):
 
     def __call__(
         self,
-        image: UInt8[Array, "batch height width 3"],
+        image: UInt8[Array, "batch height width 3"] | Mapping[str, Array],
         rng: Key[Array, " batch"] | None = None,
         masked: Bool[Array, "batch patches"] | None = None,
-    ) -> tuple[Float[Array, "batch tokens embed"], None]:
-        """The tokens, and None: all of them are valid. Of patches that are `masked` only the places are known.
+    ) -> tuple[Float[Array, "batch tokens embed"], Bool[Array, "batch tokens"] | None]:
+        """The tokens, and which of them are no padding (None: all). Of patches that are `masked` only the places are
+        known.
 
         Raises:
           UserError: the image is of another size than the relative positions.
         """
         config = self.config
+        if config["max_patches"]:
+            return self._of_patches(**image)
         x = self.patches(normalize(image, config["mean"], config["std"], self.dtype))
         grid = (image.shape[1] // self.patch, image.shape[2] // self.patch)
         if config["relative_position"] and grid != self.relative.grid:
@@ -139,6 +144,16 @@ class ImageEncoder(nn.Module):
             x = drop_tokens(x, rng, config["token_drop"], always_kept=int(self.has_class_token))
         bias = self.relative_position() if config["relative_position"] == "shared" else None
         return self.transformer(x, bias=bias), None
+
+    def _of_patches(
+        self, patches: UInt8[Array, "batch tokens values"], shape: Int[Array, "batch 2"]
+    ) -> tuple[Float[Array, "batch tokens embed"], Bool[Array, "batch tokens"]]:
+        config, (batch, count, _) = self.config, patches.shape
+        pixels = normalize(patches.reshape(batch, count, -1, 3), config["mean"], config["std"], self.dtype)
+        x = self.positions(self.patches(pixels.reshape(patches.shape)), shape)
+        x = self.embed_norm(x) if config["embed_norm"] else x
+        valid = jnp.arange(count) < shape.prod(axis=1, keepdims=True)
+        return self.transformer(x, valid[:, None, None, :]), valid
 
 
 class TextEncoder(nn.Module):
@@ -204,8 +219,8 @@ class Text(NamedTuple):
 class MultimodalModel(nn.Module):
     """The towers of `config.encoders`, what compares their embeddings, and what reads their tokens.
 
-    Only `parts` are built. `logit_scale` is stored as its logarithm and clamped at 100 (CLIP, Radford et al. 2021,
-    section 2.5).
+    Only `parts` are built. `logit_scale` is stored as its logarithm and clamped at `max_logit_scale` (100 in CLIP,
+    Radford et al. 2021, section 2.5), if that is not 0.
     """
 
     config: Mapping[str, Any]
@@ -268,7 +283,8 @@ class MultimodalModel(nn.Module):
 
     def logits(self) -> dict[str, Float[Array, ""]]:
         """`logit_scale` (not its logarithm) and `logit_bias`."""
-        scale = jnp.exp(jnp.minimum(self.logit_scale, np.log(MAX_LOGIT_SCALE)))
+        most = self.config["max_logit_scale"]
+        scale = jnp.exp(jnp.minimum(self.logit_scale, np.log(most)) if most else self.logit_scale)
         return {"logit_scale": scale, "logit_bias": self.logit_bias}
 
     def classify(self, image: Float[Array, "batch tokens embed"]) -> Float[Array, "batch classes"]:

@@ -8,8 +8,8 @@ from jaxtyping import Array, Float, UInt8
 
 
 def normalize(
-    image: UInt8[Array, "batch height width 3"], mean: Sequence[float], std: Sequence[float], dtype: jnp.dtype
-) -> Float[Array, "batch height width 3"]:
+    image: UInt8[Array, "*shape 3"], mean: Sequence[float], std: Sequence[float], dtype: jnp.dtype
+) -> Float[Array, "*shape 3"]:
     """Pixels from 0..255 to (pixel / 255 - mean) / std, by channel. On the device, so that hosts ship bytes."""
     mean, std = (jnp.asarray(values, jnp.float32) for values in (mean, std))
     return ((image.astype(jnp.float32) / 255 - mean) / std).astype(dtype)
@@ -17,6 +17,8 @@ def normalize(
 
 class PatchEmbed(nn.Module):
     """Cuts an image into square patches, row by row, and projects each one (Dosovitskiy et al. 2021, eq. 1).
+
+    Takes patches that are cut already, too, their values in the order of rows, columns and channels.
 
     Raises:
       ValueError: a side is not a multiple of the patch size.
@@ -28,11 +30,16 @@ class PatchEmbed(nn.Module):
     use_bias: bool = True
 
     @nn.compact
-    def __call__(self, image: Float[Array, "batch height width 3"]) -> Float[Array, "batch tokens embed"]:
+    def __call__(
+        self, image: Float[Array, "batch height width 3"] | Float[Array, "batch tokens values"]
+    ) -> Float[Array, "batch tokens embed"]:
+        patches = self._cut(image) if image.ndim == 4 else image
+        return nn.Dense(self.width, self.use_bias, dtype=self.dtype, name="patch_embed")(patches)
+
+    def _cut(self, image: Array) -> Float[Array, "batch tokens values"]:
         batch, height, width, channels = image.shape
         if height % self.patch or width % self.patch:
             raise ValueError(f"an image of {height}x{width} cannot be cut into patches of {self.patch}")
         rows, columns = height // self.patch, width // self.patch
         patches = image.reshape(batch, rows, self.patch, columns, self.patch, channels)
-        patches = patches.transpose(0, 1, 3, 2, 4, 5).reshape(batch, rows * columns, -1)
-        return nn.Dense(self.width, self.use_bias, dtype=self.dtype, name="patch_embed")(patches)
+        return patches.transpose(0, 1, 3, 2, 4, 5).reshape(batch, rows * columns, -1)

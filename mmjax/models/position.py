@@ -67,11 +67,38 @@ def bicubic_weights(old: int, new: int) -> Float[np.ndarray, "new old"]:
     return weights.astype(np.float32)
 
 
+def resize_each(
+    table: Float[Array, "tokens width"], old: tuple[int, int], shapes: Int[Array, "batch 2"], count: int
+) -> Float[Array, "batch count width"]:
+    """Interpolates a learned table to a grid of its own for each image (bilinear, antialiased), row by row.
+
+    Places from the grid's end up to `count` have some embedding. Only values depend on the shapes, so one program
+    serves all of them. The same as PyTorch's `interpolate` with `antialias` and without `align_corners`, to rounding.
+    """
+    places, columns = jnp.arange(count), jnp.maximum(shapes[:, 1:], 1)
+    rows = triangles(places // columns, shapes[:, :1], old[0])
+    columns = triangles(places % columns, shapes[:, 1:], old[1])
+    return jnp.einsum("bnr,bnc,rcw->bnw", rows, columns, table.reshape(*old, -1), precision="highest")
+
+
+def triangles(
+    places: Int[Array, "batch count"], sizes: Int[Array, "batch 1"], old: int
+) -> Float[Array, "batch count old"]:
+    """What each of `old` values on a line weighs at these places of the same line with `sizes` values in their stead.
+
+    A triangle around the place, as wide as two of the old values, or two of the new ones where these are fewer.
+    """
+    scale = old / sizes[..., None]
+    center = (places[..., None] + 0.5) * scale - 0.5
+    weights = jnp.maximum(1 - jnp.abs(jnp.arange(old) - center) / jnp.maximum(scale, 1), 0)
+    return weights / jnp.maximum(weights.sum(axis=-1, keepdims=True), 1e-9)  # none far beyond the end
+
+
 class ImagePosition(nn.Module):
     """Adds the embedding of each patch's place in the grid, and one of the class token where there is one.
 
     `kind` is in POSITIONS. `grid` is the one that the parameters are made for; another grid at call time interpolates
-    them, as `interpolation` (in INTERPOLATIONS) says.
+    them, as `interpolation` (in INTERPOLATIONS) says; so do the grids [batch, 2] of images that have each their own.
     """
 
     kind: str
@@ -81,7 +108,7 @@ class ImagePosition(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "batch tokens width"], grid: tuple[int, int]
+        self, x: Float[Array, "batch tokens width"], grid: tuple[int, int] | Int[Array, "batch 2"]
     ) -> Float[Array, "batch tokens width"]:
         width, first = x.shape[-1], int(self.class_token)
         if self.kind == "none":
@@ -91,7 +118,10 @@ class ImagePosition(nn.Module):
         else:
             init = nn.initializers.normal(width**-0.5)
             table = self.param("position", init, (first + self.grid[0] * self.grid[1], width))
-            table = jnp.concatenate([table[:first], resize(table[first:], self.grid, grid, self.interpolation)])
+            if isinstance(grid, tuple):
+                table = jnp.concatenate([table[:first], resize(table[first:], self.grid, grid, self.interpolation)])
+            else:
+                table = resize_each(table, self.grid, grid, x.shape[1])
         return x + table.astype(x.dtype)
 
 

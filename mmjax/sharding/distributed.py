@@ -103,8 +103,8 @@ def local_rows(sharding: NamedSharding, batch_size: int) -> Int[np.ndarray, " ro
 
 
 def to_devices(
-    batch: Mapping[str, np.ndarray], rows: Int[np.ndarray, " rows"], sharding: NamedSharding, batch_size: int
-) -> dict[str, jax.Array]:
+    batch: Mapping[str, PyTree[np.ndarray]], rows: Int[np.ndarray, " rows"], sharding: NamedSharding, batch_size: int
+) -> dict[str, PyTree[jax.Array]]:
     """Builds the global arrays of a batch from the rows that this process has loaded."""
     if len(rows) == batch_size:
         return jax.device_put(dict(batch), sharding)
@@ -116,7 +116,7 @@ def to_devices(
 
         return jax.make_array_from_callback((batch_size, *values.shape[1:]), sharding, shard)
 
-    return {name: build(values) for name, values in batch.items()}
+    return jax.tree.map(build, dict(batch))
 
 
 def prefetch(batches: Iterator[Any], ahead: int = 2) -> Iterator[Any]:

@@ -12,7 +12,7 @@ from absl import flags
 from mmjax import config as configs
 from mmjax.data import image, pipeline, sources, text
 from mmjax.data.augment import Augment
-from mmjax.data.image import Fit
+from mmjax.data.image_reader import Reader
 from mmjax.errors import RecordError, UserError
 from mmjax.validation import validate
 from tests import tiny
@@ -293,7 +293,7 @@ def test_a_stream_without_one_readable_record_ends_with_an_error(source, tokeniz
 
 def test_unreadable_evaluation_images_are_grey(source):
     damaged = Damaged(source, {0, 1})
-    images, broken = pipeline.evaluation_images(damaged, Fit(28), range(3))
+    images, broken = pipeline.evaluation_images(damaged, Reader(28), range(3))
     assert (images[:2] == 128).all() and (images[2] != 128).any()
     assert len(broken) == 2 and "is gone" in broken[0] and "cannot be decoded" in broken[1]
 

@@ -306,6 +306,11 @@ def test_siglip2_checkpoints_are_lower_cased_though_they_name_another_class(trai
     files["config.json"] = b'{"model_type": "siglip2"}'
     capitals = text.load(write(files, tmp_path / "siglip2")).encode(["Fox", "fox"], 8)
     assert (capitals[0] == capitals[1]).all()
+    # Those for one resolution are SigLIP models by their config.json; their tokenizer's settings tell.
+    files["config.json"] = b'{"model_type": "siglip"}'
+    files["tokenizer_config.json"] = b'{"tokenizer_class": "GemmaTokenizer", "do_lower_case": true}'
+    capitals = text.load(write(files, tmp_path / "fixed")).encode(["Fox", "fox"], 8)
+    assert (capitals[0] == capitals[1]).all()
 
 
 def test_bert_settings_reach_the_normalizer(golden_paths, tmp_path):

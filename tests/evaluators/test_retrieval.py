@@ -6,6 +6,7 @@ from PIL import Image
 
 from mmjax import config as configs
 from mmjax.data import image
+from mmjax.data.image_reader import Reader
 from mmjax.data.pipeline import evaluation_images
 from mmjax.data.sources import open_source
 from mmjax.errors import UserError
@@ -110,7 +111,7 @@ def test_perfect_embeddings_are_first():
 
 
 def test_the_contact_sheet_frames_the_right_image(tmp_path, openmoji_folder):
-    images = evaluation_images(open_source("openmoji", "test"), image.Fit(contact_sheet.TILE), range(3))[0]
+    images = evaluation_images(open_source("openmoji", "test"), Reader(contact_sheet.TILE), range(3))[0]
     path = tmp_path / "pictures" / "sheet.png"
     contact_sheet.draw(path, ["first", "a caption " * 20], [images, images[::-1]], [[True, False, False], [False] * 3])
     pixels = np.asarray(Image.open(path))

@@ -9,7 +9,7 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 
 from mmjax import config as configs
-from mmjax.data.image import Fit
+from mmjax.data.image_reader import Reader
 from mmjax.data.pipeline import evaluation_images
 from mmjax.data.sources import open_source
 from mmjax.errors import UserError
@@ -29,7 +29,7 @@ COUNT = len(VERSIONS)
 @pytest.fixture(scope="module")
 def drawings(openmoji_folder):
     """Ten drawings of the embedded data set, 112 pixels a side."""
-    return evaluation_images(open_source("openmoji:en", "test"), Fit(112), range(10))[0]
+    return evaluation_images(open_source("openmoji:en", "test"), Reader(112), range(10))[0]
 
 
 def evaluator_of(source, **options):
