@@ -59,8 +59,8 @@ def encoder(
     Raises:
       UserError: an argument is none of these, the model has no such encoder, or the files cannot be written.
     """
-    path = Path(path)
     check(modality, path, platforms, batch_size, compute)
+    path = Path(path)
     model.needs(modality, f"encode an input of the modality {modality}")
     if compute == "auto":
         compute = model.config.precision.compute
@@ -78,14 +78,14 @@ def encoder(
     return description
 
 
-def check(modality: str, path: Path, platforms: Sequence[str], batch_size: int | None, compute: str) -> None:
+def check(modality: str, path: str | Path, platforms: Sequence[str], batch_size: int | None, compute: str) -> None:
     """Raises UserError where an argument of `encoder` is wrong whatever the model is."""
     if modality not in INPUTS:
         raise UserError(f'modality: unknown "{modality}"; {suggest(modality, INPUTS)}')
-    if path.suffix != ".npz" or "://" in str(path):
+    if not str(path).endswith(".npz") or "://" in str(path):
         raise UserError(f"{path}: the file to write has to be a local one that ends in .npz")
-    if not path.parent.is_dir():
-        raise UserError(f"cannot write {path}: there is no folder {path.parent}")
+    if not Path(path).parent.is_dir():
+        raise UserError(f"cannot write {path}: there is no folder {Path(path).parent}")
     for platform in platforms:
         if platform not in PLATFORMS:
             raise UserError(f'platforms: unknown "{platform}"; {suggest(platform, PLATFORMS)}')
@@ -194,7 +194,6 @@ def _describe(model: Any, tower: _Tower, platforms: Sequence[str], batch_size: i
         "format": 1,
         "modality": tower.modality,
         "input": {"shape": [batch_size or "batch", *tower.input.shape], "dtype": tower.input.dtype},
-        "reading": tower.input.reading,
         "output": {"shape": [batch_size or "batch", model.config.model.embed_dim], "dtype": "float32", "norm": 1},
         # Of an image's and a text's embedding: loss(logit_scale * cosine + logit_bias) is a probability.
         "similarity": {**model.logits(), "loss": "sigmoid" if "sigmoid" in kinds else "softmax"},
@@ -205,6 +204,7 @@ def _describe(model: Any, tower: _Tower, platforms: Sequence[str], batch_size: i
         "step": model.step,
         "jax": jax.__version__,
         "mmjax": __version__,
+        "reading": tower.input.reading,
     }
 
 
@@ -216,7 +216,7 @@ def main() -> int:
             raise UserError(
                 f"--{name} is missing; for a start: --model=runs/quickstart --modality=image --out=image.npz"
             )
-    path, batch_size = Path(given.out), given.batch_size or None
+    path, batch_size = given.out, given.batch_size or None
     check(given.modality, path, given.platforms, batch_size, given.compute)
     from mmjax import runtime
 
@@ -229,7 +229,8 @@ def main() -> int:
     model = api.load(given.model, mesh=make_mesh(devices=jax.devices()[:1]), weights=given.weights)
     found = encoder(model, given.modality, path, given.platforms, batch_size, given.compute)
     takes, gives = (f"{found[end]['dtype']} {found[end]['shape']}".replace("'", "") for end in ("input", "output"))
-    print(f"{path}: {takes} -> {gives}, {found['parameter_bytes'] / 1e6:,.1f} MB of parameters, {given.platforms}")
+    size, where = found["parameter_bytes"] / 1e6, ", ".join(given.platforms)
+    print(f"{path}: {takes} -> {gives}, {size:,.1f} MB of parameters, for {where}")
     return 0
 
 
