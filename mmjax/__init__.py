@@ -16,6 +16,6 @@ def load(source, step=None, **options):
 
 
 def __getattr__(name):
-    if name == "explain":  # likewise
-        return importlib.import_module("mmjax.explain")
+    if name in ("explain", "export"):  # likewise
+        return importlib.import_module(f"mmjax.{name}")
     raise AttributeError(f"module 'mmjax' has no attribute '{name}'")

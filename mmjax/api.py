@@ -438,7 +438,8 @@ def load(
       revision: a branch, tag or commit on the hub.
       allow_pickle: also reads weights that are a pickle, with torch's reader that runs no code.
       weights: the type in which the model's matrices are stored, "float32", "bfloat16" or "int8": see
-        `mmjax.quantization`. They are read as float32, and made smaller on the devices.
+        `mmjax.quantization`. What a run has saved is on the devices in float32 before it is made smaller; of a
+        pretrained model one parameter at a time is.
 
     Returns:
       The model, with the averaged parameters where a run keeps an average.
@@ -451,12 +452,11 @@ def load(
     mesh = mesh or make_mesh()
     if is_run(source):
         model = _load_run(source, step, mesh)
-    elif step is not None:
+        return model.with_params(quantized(model.params, weights, mesh), model.step)
+    if step is not None:
         raise UserError(f"{source} is no workdir of a run, so it has no checkpoint of step {step}")
-    else:
-        found = pretrained.load(source, mesh, revision, allow_pickle)
-        model = Model(found.config, found.params, found.tokenizer, mesh)
-    return model.with_params(quantized(model.params, weights, mesh), model.step)
+    found = pretrained.load(source, mesh, revision, allow_pickle, weights)
+    return Model(found.config, found.params, found.tokenizer, mesh)
 
 
 def is_run(source: str | Path) -> bool:

@@ -40,14 +40,19 @@ def quantized(params: PyTree[Float[Array, "..."]], weights: str, mesh: Mesh) -> 
       UserError: `weights` is another name.
     """
     check_weights(weights)
-    if weights == "float32":
-        return params
 
-    def smaller(path: tuple, value: Array, sharding: NamedSharding) -> Array | QuantizedArray:
-        axis = _input_axis(path_name(path), value.ndim)
-        return value if axis is None else _smaller(value, weights, axis, sharding)
+    def place(path: tuple, value: Array, sharding: NamedSharding) -> Array | QuantizedArray:
+        return quantized_parameter(path_name(path), value, sharding, weights)
 
-    return jax.tree_util.tree_map_with_path(smaller, params, parameter_shardings(params, mesh))
+    return jax.tree_util.tree_map_with_path(place, params, parameter_shardings(params, mesh))
+
+
+def quantized_parameter(
+    path: str, value: Float[Array, "*shape"], sharding: NamedSharding, weights: str
+) -> Float[Array, "*shape"] | QuantizedArray:
+    """One parameter of `quantized`, so that the float32 ones need not all be there at once."""
+    axis = _input_axis(path, value.ndim)
+    return value if axis is None or weights == "float32" else _smaller(value, weights, axis, sharding)
 
 
 def check_weights(weights: str) -> None:

@@ -14,10 +14,13 @@ from jax.sharding import PartitionSpec as P
 from mmjax import api
 from mmjax.data import sources, text
 from mmjax.errors import UserError
+from mmjax.interop import store
 from mmjax.models.quantized import QuantizedArray
 from mmjax.quantization import WEIGHTS, quantized
 from mmjax.sharding.mesh import make_mesh
 from mmjax.sharding.rules import parameter_shardings, path_name
+from tests.interop import folders
+from tests.interop.test_clip import settings_with
 from tests.test_api_text import IMAGES, TEXTS, config_of
 
 UNSHARDED, SHARDED = (1, 1, 1), (2, 2, 2)
@@ -173,6 +176,27 @@ def test_layers_become_floats_one_at_a_time(openmoji_folder):
         analysis = jax.jit(encode).lower(small, IMAGES[:1]).compile().memory_analysis()
     assert analysis.argument_size_in_bytes < stack / 3
     assert analysis.temp_size_in_bytes < stack / 4
+
+
+@pytest.mark.parametrize("weights, share", [("float32", 1.0), ("int8", 0.5)])
+def test_a_pretrained_model_is_made_smaller_while_it_is_read(tmp_path, monkeypatch, weights, share):
+    """Only one parameter is there in float32: with int8 half of the bytes never are."""
+    settings = settings_with("gelu")
+    settings["text_config"] |= {"num_hidden_layers": 4}
+    folder, held = folders.write(tmp_path, "clip", settings), []
+
+    def float_bytes():
+        return sum(x.nbytes for x in jax.live_arrays() if x.dtype == jnp.float32 and x.ndim > 1)
+
+    tensors, before = store.open_tensors(store.find(folder)), float_bytes()
+    get = tensors.get
+    monkeypatch.setattr(tensors, "get", lambda name: held.append(float_bytes() - before) or get(name))
+    monkeypatch.setattr(store, "open_tensors", lambda *_: tensors)
+    one = api.load(folder, weights=weights)
+    matrices = [leaf for name, leaf in leaves(one.params).items() if name.endswith(("kernel", "embedding"))]
+    assert all(is_quantized(leaf) == (weights == "int8") for leaf in matrices)
+    whole = sum(4 * np.prod(leaf.shape) for leaf in matrices)
+    assert (max(held) > 0.7 * whole) if weights == "float32" else (max(held) < share * whole)
 
 
 def test_unknown_weights_are_refused_before_anything_is_read():

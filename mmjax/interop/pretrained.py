@@ -21,6 +21,7 @@ from mmjax.files import write_atomically
 from mmjax.interop import store, table, tokenizer_files
 from mmjax.interop.family import TENSORS, Family, Json, check_same
 from mmjax.interop.registry import FAMILIES, FILES, family_of
+from mmjax.quantization import quantized_parameter
 from mmjax.sharding.rules import parameter_shardings
 from mmjax.validation import check_divides
 
@@ -34,7 +35,13 @@ class Pretrained(NamedTuple):
     family: str
 
 
-def load(source: str | Path, mesh: Mesh, revision: str | None = None, allow_pickle: bool = False) -> Pretrained:
+def load(
+    source: str | Path,
+    mesh: Mesh,
+    revision: str | None = None,
+    allow_pickle: bool = False,
+    weights: str = "float32",
+) -> Pretrained:
     """Loads a model of a family that is known.
 
     Args:
@@ -42,6 +49,7 @@ def load(source: str | Path, mesh: Mesh, revision: str | None = None, allow_pick
       mesh: where its parameters go.
       revision: a branch, tag or commit of the hub.
       allow_pickle: also reads weights that are a pickle, with torch.
+      weights: the type of its matrices: see `mmjax.quantization`.
 
     Raises:
       UserError: it cannot be found or read, its family is unknown, or its tensors are not those of its config.
@@ -53,7 +61,8 @@ def load(source: str | Path, mesh: Mesh, revision: str | None = None, allow_pick
     rows = family.table(config)
     shapes = shapes_of(config, mesh)
     table.check(rows, shapes, tensors, folder.name, family.name)
-    params = table.read(rows, tensors, shapes, parameter_shardings(shapes, mesh), folder.name)
+    finish = partial(quantized_parameter, weights=weights)
+    params = table.read(rows, tensors, shapes, parameter_shardings(shapes, mesh), folder.name, finish)
     return Pretrained(config, params, _tokenizer_of(folder, config), family.name)
 
 

@@ -6,7 +6,7 @@ shapes fit, or nothing is loaded.
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -131,7 +131,14 @@ def check(table: Table, shapes: PyTree, tensors: Tensors, source: str, family: s
         raise UserError(f"{source}: its tensors are not those of a {family} model with its config. {found}")
 
 
-def read(table: Table, tensors: Tensors, shapes: PyTree, shardings: PyTree, source: str) -> PyTree[Array]:
+def read(
+    table: Table,
+    tensors: Tensors,
+    shapes: PyTree,
+    shardings: PyTree,
+    source: str,
+    finish: Callable[[str, Array, jax.sharding.Sharding], Any] = lambda path, value, sharding: value,
+) -> PyTree[Array]:
     """The parameters, float32, each read straight into its place on the devices.
 
     A process reads only the layers that its devices hold, one tensor at a time: it never has a whole large model.
@@ -140,6 +147,7 @@ def read(table: Table, tensors: Tensors, shapes: PyTree, shardings: PyTree, sour
       table, tensors: they have been compared by `check`.
       shapes, shardings: of our parameters.
       source: for messages.
+      finish: (path, parameter, sharding) -> what stands in its place, called before the next one is read.
 
     Raises:
       UserError: a tensor holds a value that is not finite.
@@ -175,7 +183,8 @@ def read(table: Table, tensors: Tensors, shapes: PyTree, shardings: PyTree, sour
         return jax.make_array_from_callback(target.shape, sharding, part)
 
     flat, places = flatten_dict(shapes, sep="/"), flatten_dict(shardings, sep="/")
-    return unflatten_dict({path: place(path, flat[path], places[path]) for path in flat}, sep="/")
+    found = {path: finish(path, place(path, flat[path], places[path]), places[path]) for path in flat}
+    return unflatten_dict(found, sep="/")
 
 
 def write(table: Table, params: PyTree) -> dict[str, np.ndarray]:

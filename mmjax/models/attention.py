@@ -1,6 +1,8 @@
 """Multi-head attention, self and cross, and the choice of its implementation."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +15,7 @@ from mmjax.sharding.rules import constrain
 Cache = Mapping[str, Array]
 # Collections of Flax variables, for `mmjax.explain` alone.
 ATTENTION, SHIFT = "attention", "attention_shift"
+_portable: ContextVar[bool] = ContextVar("portable", default=False)
 
 
 class Attention(nn.Module):
@@ -99,7 +102,7 @@ def explained(
 
 
 def implementation(query: Array, key: Array, mask: Array | None, bias: Array | None = None) -> str:
-    """ "cudnn" (flash attention) on a GPU where its conditions hold, "xla" everywhere else.
+    """ "cudnn" (flash attention) on a GPU where its conditions hold, "xla" everywhere else, and where `portable`.
 
     cuDNN takes 16-bit types and head sizes that are multiples of 8 up to 256; its backward pass
     with a mask needs even sequence lengths. With a bias it needs them too, and they are odd where there is a class
@@ -109,6 +112,14 @@ def implementation(query: Array, key: Array, mask: Array | None, bias: Array | N
     sixteen_bit = query.dtype in (jnp.bfloat16, jnp.float16)
     even = mask is None or all(length % 2 == 0 for length in lengths)
     fits = sixteen_bit and head_dim % 8 == 0 and head_dim <= 256 and even and bias is None
-    if jax.default_backend() == "gpu" and fits:
-        return "cudnn"
-    return "xla"
+    return "cudnn" if jax.default_backend() == "gpu" and fits and not _portable.get() else "xla"
+
+
+@contextmanager
+def portable() -> Iterator[None]:
+    """What is traced within compiles for every platform, and not only for the one that this process computes on."""
+    token = _portable.set(True)
+    try:
+        yield
+    finally:
+        _portable.reset(token)
