@@ -94,7 +94,7 @@ def _check_names(config: ConfigDict) -> None:
     from mmjax.data.augment import RESIZES
     from mmjax.data.image import FOR_EVALUATION
     from mmjax.data.pipeline import CAPTION_CHOICES
-    from mmjax.models.decoder import IMAGE_INPUTS, READS
+    from mmjax.models import decoder, fusion
     from mmjax.models.pooling import POOLINGS
     from mmjax.models.transformer import ACTIVATIONS, NORMS, REMAT_POLICIES
 
@@ -116,11 +116,12 @@ def _check_names(config: ConfigDict) -> None:
     for name in PARTS:
         if part := config.model[name]:
             _one_of(part.remat, REMAT_POLICIES, f"model.{name}.remat")
-            _one_of(part.reads, READS, f"model.{name}.reads")
+            reads = {"fusion": fusion.READS, "decoder": decoder.READS}[name]
+            _one_of(part.reads, reads, f"model.{name}.reads")
     if config.model.fusion:
         _one_of(config.model.fusion.pooling, POOLINGS, "model.fusion.pooling")
     if config.model.decoder:
-        _one_of(config.model.decoder.image, IMAGE_INPUTS, "model.decoder.image")
+        _one_of(config.model.decoder.image, decoder.IMAGE_INPUTS, "model.decoder.image")
     for name, entry in config.streams.items():
         for objective_name in entry.objectives:
             _one_of(objective_name, config.objectives, f"streams.{name}.objectives")
@@ -163,6 +164,8 @@ def _check_model(config: ConfigDict) -> None:
                 raise UserError(f"config.{key}.pooling: an image has no end token; choose another one than eos")
         elif encoder.length < 2:
             raise UserError(f"config.{key}.length: {encoder.length} is too short for a token and its end")
+        elif encoder.positions and encoder.positions < encoder.length:
+            raise UserError(f"config.{key}.positions: {encoder.positions} are fewer than the length {encoder.length}")
         elif encoder.token_drop and encoder.pooling == "eos":
             raise UserError(f"config.{key}.token_drop: the end token, which is pooled, could be dropped")
         if not encoder.projection and size.width != config.model.embed_dim:
@@ -180,7 +183,9 @@ def _check_part(config: ConfigDict, name: str) -> None:
 
     text = config.model.encoders.text
     part, width = part_size(config.model[name].to_dict(), tower_size(text)), tower_size(text).width
-    for key, low in (("depth", 1), ("width", 1), ("heads", 1), ("mlp_dim", 1), ("unroll", 0)):
+    if part["reads"] == "tower" and part["depth"]:
+        raise UserError(f"config.model.{name}.depth: with reads=tower the layers are the text tower's; set it to 0")
+    for key, low in (("depth", int(part["reads"] != "tower")), ("width", 1), ("heads", 1), ("mlp_dim", 1), ("unroll", 0)):
         if part[key] < low:
             raise UserError(f"config.model.{name}.{key}: {part[key]} is less than {low}")
     if part["width"] % part["heads"]:

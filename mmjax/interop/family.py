@@ -1,10 +1,11 @@
 """What a model family is: the settings of another library and ours, both ways, and the table of its parameters."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
+from mmjax.config import PARTS
 from mmjax.errors import UserError
 from mmjax.interop.table import Table
 
@@ -21,6 +22,7 @@ class Family(NamedTuple):
       files: our config -> JSON files that are written beside config.json, by name.
       settings: the file that their settings are in.
       weights: the file that the tensors are written to.
+      completed: (our config, the names of the tensors there) -> our config, with what the settings left open.
     """
 
     name: str
@@ -30,21 +32,31 @@ class Family(NamedTuple):
     files: Callable[[ConfigDict], dict[str, Json]] = lambda config: {}
     settings: str = "config.json"
     weights: str = "model.safetensors"
+    completed: Callable[[ConfigDict, Collection[str]], ConfigDict] = lambda config, names: config
 
 
 # What changes how fast a tower runs or what training does, and not what it computes.
 _FREE = ("variant", "remat", "unroll", "token_drop", "tokenizer", "resize")
+_FREE_PARTS = ("remat", "unroll")
 
 
 def architecture(config: ConfigDict) -> dict[str, Any]:
     """What of a config decides which parameters a model has and what it computes from them."""
-    model = config.model.to_dict()
-    for name, encoder in model["encoders"].items():
-        from mmjax.models.multimodal import tower_size
-        from mmjax.models.variants import parse
+    from mmjax.models.multimodal import part_size, positions_of, tower_size
+    from mmjax.models.variants import parse
 
+    model = config.model.to_dict()
+    text = model["encoders"].get("text")
+    for name in PARTS:
+        if model[name]:
+            own = part_size(model[name], tower_size(text))
+            model[name] = {key: value for key, value in own.items() if key not in _FREE_PARTS}
+    for name, encoder in model["encoders"].items():
         own = {key: value for key, value in encoder.items() if key not in _FREE}
         model["encoders"][name] = own | tower_size(encoder)._asdict() | {"patch": parse(encoder["variant"])[1]}
+    if text:
+        del model["encoders"]["text"]["length"]  # where texts are cut off; how many positions there are is another thing
+        model["encoders"]["text"]["positions"] = positions_of(text)
     return model
 
 

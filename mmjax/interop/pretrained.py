@@ -46,8 +46,10 @@ def load(source: str | Path, mesh: Mesh, revision: str | None = None, allow_pick
     """
     folder = store.find(source, revision, allow_pickle)
     family, config = _config_of(folder)
+    tensors = store.open_tensors(folder, allow_pickle)
+    config = family.completed(config, tensors.names())
     check_divides(config.model, mesh.shape["fsdp"], mesh.shape["tensor"])
-    tensors, rows = store.open_tensors(folder, allow_pickle), family.table(config)
+    rows = family.table(config)
     shapes = shapes_of(config, mesh)
     table.check(rows, shapes, tensors, folder.name, family.name)
     params = table.read(rows, tensors, shapes, parameter_shardings(shapes, mesh), folder.name)
@@ -56,7 +58,9 @@ def load(source: str | Path, mesh: Mesh, revision: str | None = None, allow_pick
 
 def load_config(source: str | Path, revision: str | None = None) -> ConfigDict:
     """The config of a model, as `load` gives it."""
-    return _config_of(store.find(source, revision))[1]
+    folder = store.find(source, revision)
+    family, config = _config_of(folder)
+    return family.completed(config, store.open_tensors(folder).names())
 
 
 def load_tokenizer(source: str | Path, revision: str | None = None) -> tokenizers.Tokenizer | None:
@@ -84,7 +88,8 @@ def could_be_elsewhere(source: str | Path) -> bool:
 def _config_of(folder: store.Folder) -> tuple[Family, ConfigDict]:
     family, theirs = family_of(folder)
     try:
-        return family, family.to_config(theirs, {name: folder.read_json(name, optional=True) for name in FILES})
+        files = {name: folder.read_json(name, optional=True, kind=kind) for name, kind in FILES.items()}
+        return family, family.to_config(theirs, files)
     except UserError as error:
         raise UserError(f"{folder.name}: {error}") from None
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -117,6 +122,7 @@ def save(
         raise UserError(f"{folder} is not empty")
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in {chosen.settings: chosen.to_theirs(config), **chosen.files(config)}.items():
+        (folder / name).parent.mkdir(exist_ok=True)
         write_atomically(folder / name, (json.dumps(content, indent=2) + "\n").encode())
     if tokenizer is not None:
         tokenizer_files.write(folder, tokenizer, config.model.encoders.text.length, chosen.name)

@@ -4,21 +4,23 @@ from typing import Any
 
 from mmjax.config import suggest
 from mmjax.errors import UserError
-from mmjax.interop import clip
+from mmjax.interop import bert, clip
 from mmjax.interop.family import Family
 from mmjax.interop.store import Folder
 
 # A new family is a file here and a line below. The name is the `model_type` of its config.json.
-FAMILIES: dict[str, Family] = {family.name: family for family in (clip.FAMILY,)}
-# What is read of a folder beside its settings.
-FILES = (
-    "preprocessor_config.json",
-    "processor_config.json",
-    "generation_config.json",
-    "tokenizer_config.json",
-    "sentence_bert_config.json",
-    "modules.json",
-)
+FAMILIES: dict[str, Family] = {family.name: family for family in (bert.FAMILY, clip.FAMILY)}
+# What is read of a folder beside its settings, and what each holds.
+FILES: dict[str, type] = {
+    "preprocessor_config.json": dict,
+    "processor_config.json": dict,
+    "generation_config.json": dict,
+    "tokenizer_config.json": dict,
+    "sentence_bert_config.json": dict,
+    "config_sentence_transformers.json": dict,
+    "modules.json": list,
+    "1_Pooling/config.json": dict,
+}
 
 
 def family_of(folder: Folder) -> tuple[Family, dict[str, Any]]:

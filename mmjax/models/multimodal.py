@@ -45,10 +45,15 @@ def style_of(encoder: Mapping[str, Any]) -> Style:
     return Style(*(encoder[f"norm_{name}" if name == "epsilon" else name] for name in Style._fields))
 
 
-def _transformer(encoder: Mapping[str, Any], dtype: jnp.dtype) -> Transformer:
-    size = tower_size(encoder)
+def positions_of(text: Mapping[str, Any]) -> int:
+    """How many positions a text can have."""
+    return text["positions"] or text["length"]
+
+
+def _transformer(encoder: Mapping[str, Any], dtype: jnp.dtype, cross: bool = False) -> Transformer:
+    size, style = tower_size(encoder), style_of(encoder)
     return Transformer(
-        size.depth, size.heads, size.mlp_dim, encoder["remat"], encoder["unroll"], dtype, style=style_of(encoder)
+        size.depth, size.heads, size.mlp_dim, encoder["remat"], encoder["unroll"], dtype, cross, style=style
     )
 
 
@@ -101,21 +106,26 @@ class ImageEncoder(nn.Module):
 class TextEncoder(nn.Module):
     """A text Transformer over token ids. Fields: `mmjax.config.text_encoder`.
 
-    With a key for each row (in training), `token_drop` of the tokens are left out, padding first.
+    With a key for each row (in training), `token_drop` of the tokens are left out, padding first. With `cross` its
+    layers attend to a context too, where they are given one.
     """
 
     config: Mapping[str, Any]
     dtype: jnp.dtype = jnp.float32
+    cross: bool = False
 
     def setup(self):
         config, width = self.config, tower_size(self.config).width
         style, types = style_of(config), config["token_types"]
-        self.embed = TextEmbed(config["vocab_size"], config["length"], width, self.dtype, style, types)
-        self.transformer = _transformer(config, self.dtype)
+        self.embed = TextEmbed(config["vocab_size"], positions_of(config), width, self.dtype, style, types)
+        self.transformer = _transformer(config, self.dtype, self.cross)
         self.pool = _pool(config, self.dtype)
 
     def __call__(
-        self, text: Int[Array, "batch length"], rng: Key[Array, " batch"] | None = None
+        self,
+        text: Int[Array, "batch length"],
+        rng: Key[Array, " batch"] | None = None,
+        context: Float[Array, "batch keys embed2"] | None = None,
     ) -> tuple[Float[Array, "batch tokens embed"], Bool[Array, "batch tokens"] | None]:
         """The tokens, and which of them are no padding (None: padding is part of the input)."""
         config, x = self.config, self.embed(text)
@@ -133,7 +143,7 @@ class TextEncoder(nn.Module):
         if config["causal"]:
             causal = jnp.tril(jnp.ones((1, 1, x.shape[1], x.shape[1]), bool))
             mask = causal if mask is None else mask & causal
-        return self.transformer(x, mask), valid
+        return self.transformer(x, mask, context), valid
 
     def empty_cache(self, batch: int) -> PyTree[Array]:
         """What `step` starts from."""
@@ -172,7 +182,12 @@ class MultimodalModel(nn.Module):
 
     def setup(self):
         encoders = {name: encoder for name, encoder in self.config["encoders"].items() if name in self.parts}
-        self.towers = {name: ENCODERS[name](encoder, self.dtype, name=name) for name, encoder in encoders.items()}
+        self.tower_reads = "fusion" in self.parts and self.config["fusion"]["reads"] == "tower"
+        own = {"text": {"cross": self.tower_reads}}
+        self.towers = {
+            name: ENCODERS[name](encoder, self.dtype, name=name, **own.get(name, {}))
+            for name, encoder in encoders.items()
+        }
         self.projections = {
             modality: nn.Dense(
                 self.config["embed_dim"], encoder["projection_bias"], dtype=self.dtype, name=f"{modality}_projection"
@@ -189,7 +204,7 @@ class MultimodalModel(nn.Module):
             self.fusion = Fusion(config, text["vocab_size"], self.dtype, style_of(text))
         if "decoder" in self.parts:
             config = part_size(self.config["decoder"], tower_size(text)) | {"parallel": self.parallel}
-            self.decoder = Decoder(config, text["vocab_size"], text["length"], self.dtype, style_of(text))
+            self.decoder = Decoder(config, text["vocab_size"], positions_of(text), self.dtype, style_of(text))
 
     def encode(self, modality: str, inputs: Array, rng: Key[Array, " batch"] | None = None) -> dict[str, Array]:
         """`tokens`, `valid` (of the tokens; None for all), `pooled`, `projected`, and `embedding`.
@@ -224,12 +239,20 @@ class MultimodalModel(nn.Module):
         return self.fusion.match(self._fuse(text, image), text.valid)
 
     def predict(
-        self, text: Text, image: Float[Array, "batch tokens embed"] | None
-    ) -> Float[Array, "batch tokens vocab"]:
-        """Logits of the token at each place."""
-        return self.fusion.predict(self._fuse(text, image), self.towers["text"].embed.table())
+        self,
+        text: Text,
+        image: Float[Array, "batch tokens embed"] | None,
+        places: Int[Array, "batch places"] | None = None,
+    ) -> Float[Array, "batch places vocab"]:
+        """Logits of the token at each place, or at these."""
+        fused = self._fuse(text, image)
+        if places is not None:
+            fused = jnp.take_along_axis(fused, places[..., None], axis=1)
+        return self.fusion.predict(fused, self.towers["text"].embed.table())
 
     def _fuse(self, text: Text, image: Array | None) -> Array:
+        if self.tower_reads:
+            return self.towers["text"](text.ids, context=image)[0]
         if self.config["fusion"]["reads"] == "embedding":
             return self.fusion(self.towers["text"].embed(text.ids), text.valid, image)
         return self.fusion(text.tokens, text.valid, image)
