@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Float, Int, PyTree
 from ml_collections import ConfigDict
 
+from mmjax import language
 from mmjax.building import init_params, make_module
 from mmjax.config import completed, from_plain, suggest
 from mmjax.data import image as image_ops
@@ -97,11 +98,12 @@ class Model:
         """Encodes file paths, PIL images, or uint8 arrays [height, width, 3] of any size.
 
         Raises:
-          UserError: a file is missing or is no image, or an array has another shape or type.
+          UserError: a file is missing or is no image, or an array has another shape or type; or the model reads none.
         """
         return self.encode_rows("image", len(images), self._loader(images))
 
     def _loader(self, images: Sequence[Any]) -> LoadRows:
+        self.needs("image", "read images")
         encoder = self.config.model.encoders.image
 
         def load_rows(indices: np.ndarray) -> np.ndarray:
@@ -289,6 +291,28 @@ class Model:
         self.needs("decoder", "caption images")
         shape = (self.config.model.encoders.text.length,)
         return self._of_pairs(self._caption_likelihood, shape, images, texts, load_images, load_texts, batch_size)
+
+    def fill_mask(
+        self, texts: str | Sequence[str], images: Sequence[Any] | None = None, top_k: int = 5
+    ) -> list[language.Candidates] | list[list[language.Candidates]]:
+        """What stands where texts have mask tokens: `fill_mask("Paris is the [MASK] of France.")`.
+
+        Args:
+          texts: one or more, each with at least one mask token as the tokenizer writes it.
+          images: one for each text, for a model whose texts see images; as in `encode_image`.
+          top_k: how many tokens, the likeliest first.
+
+        Returns:
+          For each mask token of a text pairs of a token and its probability; of several texts such a list for each.
+
+        Raises:
+          UserError: the model was not trained to fill in tokens, or a text hides none; otherwise as `encode_image`.
+        """
+        several = [texts] if isinstance(texts, str) else list(texts)
+        if images is not None and len(images) != len(several):
+            raise UserError(f"{len(images)} images and {len(several)} texts are no pairs")
+        found = language.fill_mask(self, several, None if images is None else self._loader(images), top_k)
+        return found[0] if isinstance(texts, str) else found
 
     def _prompts(self, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Their ids without the end token, and how many they are."""

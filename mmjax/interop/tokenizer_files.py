@@ -8,6 +8,8 @@ from typing import Any
 from mmjax.data.text import Tokenizer
 from mmjax.files import write_atomically
 
+_CLASSIFYING = ("bert", "blip")  # families whose texts begin with a token for classification, and end with a separator
+
 
 def write(folder: Path, tokenizer: Tokenizer, length: int, family: str) -> None:
     """Writes `tokenizer.json` (or `spiece.model`) and `tokenizer_config.json`.
@@ -38,7 +40,8 @@ def write(folder: Path, tokenizer: Tokenizer, length: int, family: str) -> None:
         "padding_side": "right",
         "clean_up_tokenization_spaces": False,
     }
-    special = {"pad": tokenizer.pad_id, "bos": tokenizer.start_id, "eos": tokenizer.end_id, "mask": tokenizer.mask_id}
+    first, last = ("cls", "sep") if family in _CLASSIFYING else ("bos", "eos")
+    special = {"pad": tokenizer.pad_id, first: tokenizer.start_id, last: tokenizer.end_id, "mask": tokenizer.mask_id}
     settings |= {f"{name}_token": names[index] for name, index in special.items() if index in names}
     write_atomically(folder / "tokenizer_config.json", (json.dumps(settings, indent=2) + "\n").encode())
 

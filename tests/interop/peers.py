@@ -59,3 +59,11 @@ def there_and_back(reference, tmp_path, prepare=lambda folder: None):
     pretrained.save(exported, model.config, model.params, model.tokenizer)
     folders.assert_same_tensors(source, exported)
     return model, exported
+
+
+def applied(model, method, *arguments):
+    """What a method of our Flax module returns."""
+    import jax
+
+    with jax.set_mesh(model.mesh):
+        return jax.tree.map(np.asarray, model.module.apply({"params": model.params}, *arguments, method=method))
