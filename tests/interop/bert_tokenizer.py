@@ -10,4 +10,4 @@ GOLDEN = Path(__file__).parent.parent / "data" / "goldens" / "text_bert.json"
 def write(folder):
     """Puts it into a folder: 435 tokens, of which [PAD], [UNK], [CLS], [SEP] and [MASK] are the first."""
     for name, content in json.loads(GOLDEN.read_text())["files"].items():
-        (folder / name).write_bytes(base64.b64decode(content))
+        (Path(folder) / name).write_bytes(base64.b64decode(content))

@@ -65,5 +65,6 @@ def applied(model, method, *arguments):
     """What a method of our Flax module returns."""
     import jax
 
-    with jax.set_mesh(model.mesh):
-        return jax.tree.map(np.asarray, model.module.apply({"params": model.params}, *arguments, method=method))
+    params = jax.device_get(model.params)
+    with jax.set_mesh(make_mesh(devices=jax.devices()[:1])):
+        return jax.tree.map(np.asarray, model.module.apply({"params": params}, *arguments, method=method))
