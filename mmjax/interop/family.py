@@ -55,7 +55,7 @@ def architecture(config: ConfigDict) -> dict[str, Any]:
         own = {key: value for key, value in encoder.items() if key not in _FREE}
         model["encoders"][name] = own | tower_size(encoder)._asdict() | {"patch": parse(encoder["variant"])[1]}
     if text:
-        del model["encoders"]["text"]["length"]  # where texts are cut off; how many positions there are is another thing
+        del model["encoders"]["text"]["length"]  # where texts are cut off, which is no parameter
         model["encoders"]["text"]["positions"] = positions_of(text)
     return model
 
