@@ -132,7 +132,8 @@ def todays_names(table: Table, names: Iterable[str]) -> dict[str, str]:
 def check(table: Table, shapes: PyTree, tensors: Tensors, source: str, family: str) -> None:
     """Raises UserError, naming all of them, where tensors are missing, unknown, or have other shapes."""
     known = tensors.names()
-    there = {name: known[own][0] for name, own in todays_names(table, known).items()}
+    todays = todays_names(table, known)
+    there = {name: known[own][0] for name, own in todays.items()}
     wanted = expected(table, shapes)
     wanted_too = wanted | {name: wanted[other] for name, other in table.tied.items() if name in there}
     unknown = [name for name in there if name not in wanted_too and not _is_ignored(table, name)]
@@ -140,6 +141,7 @@ def check(table: Table, shapes: PyTree, tensors: Tensors, source: str, family: s
     faults = {
         "missing": [name for name in wanted if name not in there],
         "unknown": unknown,
+        "there by another name, too": set(known) - set(todays.values()),
         "of another shape": [f"{name} ({[*there[name]]} instead of {[*wrong[name]]})" for name in wrong],
     }
     found = "; ".join(f"{what}: {', '.join(sorted(names))}" for what, names in faults.items() if names)

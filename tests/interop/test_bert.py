@@ -123,6 +123,17 @@ def test_names_of_older_checkpoints_mean_the_same(wanted, tmp_path):
     assert folders.relative_error(encoded(model), wanted["pooled"]) < 1e-4
 
 
+def test_a_tensor_by_both_its_names_is_refused(tmp_path):
+    folder = folders.write(tmp_path, "bert", SETTINGS)
+    tensors = folders.tensors_of(folder)
+    (folder / "model.safetensors").unlink()
+    store.save_tensors(
+        folder / "model.safetensors", tensors | {"bert.pooler.dense.bias": tensors["pooler.dense.bias"]}
+    )
+    with pytest.raises(UserError, match=r"there by another name, too: (bert\.)?pooler\.dense\.bias$"):
+        api.load(folder)
+
+
 def test_without_a_pooler_texts_are_the_mean_of_their_tokens(wanted, tmp_path):
     folder = folders.write(tmp_path, "bert", SETTINGS)
     model = api.load(rewritten(folder, lambda name: None if name.startswith("pooler") else name))
