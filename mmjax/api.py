@@ -21,7 +21,7 @@ from mmjax.data import text as tokenizers
 from mmjax.errors import UserError
 from mmjax.interop import pretrained
 from mmjax.models.generate import Strategy, generate
-from mmjax.models.multimodal import Text, tower_size
+from mmjax.models.multimodal import Text, positions_of, tower_size
 from mmjax.objectives.captioning import labels_of
 from mmjax.quantization import check_weights, quantized
 from mmjax.sharding import distributed
@@ -233,22 +233,29 @@ class Model:
         return np.concatenate([*self.batches(run, len(places), loaders, batch_size)])
 
     def caption(
-        self, images: Sequence[Any], prompts: Sequence[str] | None = None, seed: int = 0, **strategy: Any
+        self,
+        images: Sequence[Any],
+        prompts: Sequence[str] | None = None,
+        length: int = 0,
+        seed: int = 0,
+        **strategy: Any,
     ) -> list[str]:
         """A text for each image.
 
         Args:
           images: as in `encode_image`.
           prompts: what each text begins with, which is part of the result.
+          length: how many tokens a text has at most, with its prompt, start and end; 0 is the model's own choice.
           seed: of sampling.
           strategy: fields of `mmjax.models.generate.Strategy`: `beams` and `length_penalty`, or `temperature`, `top_k`
             and `top_p`; greedy by default.
 
         Raises:
           UserError: the model was not trained to caption, an option is unknown or has no effect, the prompts are not as
-            many as the images; otherwise as `encode_image`.
+            many as the images, texts cannot be so long; otherwise as `encode_image`.
         """
-        return self.caption_rows(len(images), self._loader(images), prompts, seed=seed, **strategy)
+        options = {"length": length, "seed": seed, **strategy}
+        return self.caption_rows(len(images), self._loader(images), prompts, **options)
 
     def caption_rows(
         self,
@@ -256,6 +263,7 @@ class Model:
         load_images: LoadRows,
         prompts: Sequence[str] | None = None,
         batch_size: int = BATCH_SIZE,
+        length: int = 0,
         seed: int = 0,
         **strategy: Any,
     ) -> list[str]:
@@ -264,7 +272,7 @@ class Model:
         chosen = _strategy(strategy)
         if prompts is not None and len(prompts) != count:
             raise UserError(f"{count} images and {len(prompts)} prompts: give one for each, or none")
-        ids, lengths = self._prompts(prompts or [""] * count)
+        ids, lengths = self._prompts(prompts or [""] * count, length)
         loaders = {"image": load_images, "prompt": lambda rows: ids[rows], "prompt_length": lambda rows: lengths[rows]}
         loaders["row"] = lambda rows: rows
         run = partial(self._caption, seed=seed, strategy=chosen)
@@ -314,9 +322,12 @@ class Model:
         found = language.fill_mask(self, several, None if images is None else self._loader(images), top_k)
         return found[0] if isinstance(texts, str) else found
 
-    def _prompts(self, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Their ids without the end token, and how many they are."""
-        tokenizer, length = self.tokenizer, self.config.model.encoders.text.length
+    def _prompts(self, prompts: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:
+        """Their ids without the end token, filled up to a length, and how many they are."""
+        tokenizer, text = self.tokenizer, self.config.model.encoders.text
+        length = length or self.config.model.decoder.max_tokens or text.length
+        if not 2 <= length <= positions_of(text):
+            raise UserError(f"length: {length} is not from 2 to {positions_of(text)}, the most that texts can have")
         if not self.config.model.decoder.start and tokenizer.start_id is None:
             raise UserError("config.model.decoder.start is off, and the tokenizer has no start token")
         ids = tokenizer.encode(list(prompts), length)

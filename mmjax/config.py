@@ -171,13 +171,19 @@ def fusion(**fields) -> ConfigDict:
 
 
 def decoder(**fields) -> ConfigDict:
-    """A causal text decoder that reads the image, for captioning. Sizes of 0 are those of the text tower."""
+    """A causal text decoder that reads the image, for captioning. Sizes of 0 are those of the text tower.
+
+    `start_id` is a token that stands in place of the first of a text, -1 for none; `max_tokens` is how many tokens a text
+    that it writes has, unless it is told: 0 for as many as texts can have.
+    """
     own = {
         "depth": 6,
         "reads": "embedding",
         "image": "cross",
         "image_queries": 0,
         "start": True,
+        "start_id": -1,
+        "max_tokens": 0,
         "tied": False,
         "transform": False,
     }

@@ -59,7 +59,7 @@ def generate(
     Args:
       module, params: a model with a decoder.
       image: the image tower's tokens.
-      prompt: ids that the texts begin with, filled up to the model's length with anything.
+      prompt: ids that the texts begin with, filled up with anything to the length that texts have at most.
       prompt_length: how many of them; where the decoder has no `start` vector at least 1, the start token.
       rng: a key for each text, for sampling: what is drawn for it does not depend on the others.
       end_id: the token after which a text is finished; None where there is none, and texts are as long as can be.
@@ -99,7 +99,8 @@ class _Step(NamedTuple):
 
     def begin(self, image: Float[Array, "rows tokens embed"]) -> _Search:
         """Texts of nothing, or of their start token alone."""
-        logits, cache = self.module.apply({"params": self.params}, image, self.prompt[:, 0], method="begin_caption")
+        first, length = self.prompt[:, 0], self.prompt.shape[1]
+        logits, cache = self.module.apply({"params": self.params}, image, first, length, method="begin_caption")
         ids = jnp.full(self.prompt.shape, self.pad_id, jnp.int32)
         first = 0 if self.module.config["decoder"]["start"] else 1
         ids = ids.at[:, :first].set(self.prompt[:, :first])
@@ -117,7 +118,8 @@ class _Step(NamedTuple):
         finished = search.finished if self.end_id is None else search.finished | (free & (token == self.end_id))
         token = jnp.where(search.finished, self.pad_id, token)
         slot = search.place + (1 if self.module.config["decoder"]["start"] else 0)
-        logits, cache = self.module.apply({"params": self.params}, token, slot, search.cache, method="continue_caption")
+        arguments = token, slot, search.cache, self.prompt.shape[1]
+        logits, cache = self.module.apply({"params": self.params}, *arguments, method="continue_caption")
         return _Search(
             search.place + 1,
             search.ids.at[:, search.place].set(token),

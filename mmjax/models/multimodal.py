@@ -145,15 +145,15 @@ class TextEncoder(nn.Module):
             mask = causal if mask is None else mask & causal
         return self.transformer(x, mask, context), valid
 
-    def empty_cache(self, batch: int) -> PyTree[Array]:
-        """What `step` starts from."""
-        return self.transformer.empty_cache(batch, self.config["length"], tower_size(self.config).width)
+    def empty_cache(self, batch: int, length: int) -> PyTree[Array]:
+        """What `step` starts from, for texts of this length at most."""
+        return self.transformer.empty_cache(batch, length, tower_size(self.config).width)
 
     def step(
         self, token: Int[Array, " batch"], position: Int[Array, ""], cache: PyTree[Array]
     ) -> tuple[Float[Array, "batch 1 embed"], PyTree[Array]]:
         """The tower's token of one more id, where the tower is causal."""
-        mask = (jnp.arange(self.config["length"]) <= position)[None, None, None]
+        mask = (jnp.arange(cache["self"]["key"].shape[2]) <= position)[None, None, None]
         return self.transformer(self.embed(token[:, None], position), mask, None, cache, position)
 
 
@@ -268,26 +268,30 @@ class MultimodalModel(nn.Module):
         return self.decoder(text.ids if reads_ids else text.tokens, image, parallel)
 
     def begin_caption(
-        self, image: Float[Array, "batch tokens embed"], first: Int[Array, " batch"]
+        self, image: Float[Array, "batch tokens embed"], first: Int[Array, " batch"], length: int
     ) -> tuple[Float[Array, "batch vocab"], PyTree[Array]]:
-        """Logits of the first token, or of the second where texts begin with the start token `first`; and the cache."""
+        """Logits of the first token, or of the second where texts begin with the start token `first`; and the cache, for
+        texts of this length at most.
+        """
         cache = {}
         if self.config["decoder"]["reads"] == "text":
-            cache["text"] = self.towers["text"].empty_cache(image.shape[0])
+            cache["text"] = self.towers["text"].empty_cache(image.shape[0], length)
             if not self.config["decoder"]["start"]:
                 first, cache["text"] = self.towers["text"].step(first, jnp.zeros((), jnp.int32), cache["text"])
-        logits, cache["decoder"] = self.decoder.begin(image, first)
+        logits, cache["decoder"] = self.decoder.begin(image, first, length)
         return logits, cache
 
     def continue_caption(
-        self, ids: Int[Array, " batch"], slot: Int[Array, ""], cache: PyTree[Array]
+        self, ids: Int[Array, " batch"], slot: Int[Array, ""], cache: PyTree[Array], length: int
     ) -> tuple[Float[Array, "batch vocab"], PyTree[Array]]:
-        """Logits of the token after `ids`, which stand in this slot (from 1 on: see `Decoder`); and the cache."""
+        """Logits of the token after `ids`, which stand in this slot (from 1 on: see `Decoder`); and the cache, which
+        began with this length.
+        """
         token, cache = ids, dict(cache)
         if "text" in cache:
             position = slot - 1 if self.config["decoder"]["start"] else slot
             token, cache["text"] = self.towers["text"].step(ids, position, cache["text"])
-        logits, cache["decoder"] = self.decoder.step(token, slot, cache["decoder"])
+        logits, cache["decoder"] = self.decoder.step(token, slot, cache["decoder"], length)
         return logits, cache
 
     def __call__(self, batch: Mapping[str, Array]) -> dict[str, Any]:
