@@ -37,20 +37,23 @@ class Family(NamedTuple):
 
 # What changes how fast a tower runs or what training does, and not what it computes.
 _FREE = ("variant", "remat", "unroll", "token_drop", "tokenizer", "resize")
-_FREE_PARTS = ("remat", "unroll")
+_FREE_PARTS = ("remat", "unroll", "max_tokens")
 
 
 def architecture(config: ConfigDict) -> dict[str, Any]:
     """What of a config decides which parameters a model has and what it computes from them."""
     from mmjax.models.multimodal import part_size, positions_of, tower_size
     from mmjax.models.variants import parse
+    from mmjax.objectives import parts_of
 
-    model = config.model.to_dict()
+    model, parts = config.model.to_dict(), parts_of(config)
     text = model["encoders"].get("text")
+    model["parts"] = sorted(parts)
     for name in PARTS:
-        if model[name]:
-            own = part_size(model[name], tower_size(text))
-            model[name] = {key: value for key, value in own.items() if key not in _FREE_PARTS}
+        own = part_size(model[name], tower_size(text)) if name in parts else {}
+        model[name] = {key: value for key, value in own.items() if key not in _FREE_PARTS}
+    # A text tower that is not built says how texts are read.
+    model["encoders"] = {name: each for name, each in model["encoders"].items() if name in parts or name == "text"}
     for name, encoder in model["encoders"].items():
         own = {key: value for key, value in encoder.items() if key not in _FREE}
         model["encoders"][name] = own | tower_size(encoder)._asdict() | {"patch": parse(encoder["variant"])[1]}

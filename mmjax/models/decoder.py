@@ -131,18 +131,18 @@ class Decoder(nn.Module):
         self,
         image: Float[Array, "batch tokens embed2"],
         first: Int[Array, " batch"] | Float[Array, "batch 1 embed"],
-        length: int,
+        length: int = 0,
     ) -> tuple[Float[Array, "batch vocab"], PyTree[Array]]:
         """Slot 0: its logits, and the cache for `step`.
 
         Args:
           image: the image tower's tokens.
           first: without `start`, the first token of each text: its id, or with `reads` "text" the tower's token.
-          length: of the texts, at most.
+          length: of the texts, at most; 0 for as many tokens as there are positions.
         """
         image, config = self._image(image), self.config
         prefix = image.shape[1] if config["image"] == "prefix" else 0
-        slots = length + 1  # the start and every token
+        slots = (length or self.length) + 1  # the start and every token
         cache = self.transformer.empty_cache(image.shape[0], prefix + slots, config["width"])
         if config["start"]:
             x = jnp.broadcast_to(self.start.astype(image.dtype), (image.shape[0], 1, config["width"]))
@@ -162,11 +162,11 @@ class Decoder(nn.Module):
         token: Int[Array, " batch"] | Float[Array, "batch 1 embed"],
         slot: Int[Array, ""],
         cache: PyTree[Array],
-        length: int,
+        length: int = 0,
     ) -> tuple[Float[Array, "batch vocab"], PyTree[Array]]:
-        """One more slot, from 1 on: its token's id, or with `reads` "text" the tower's token of it. `length` as before."""
+        """One more slot, from 1 on: its token's id, or with `reads` "text" the tower's token of it; `length` as before."""
         total = cache["self"]["key"].shape[2]
-        position = slot + total - (length + 1)
+        position = slot + total - ((length or self.length) + 1)
         place = slot - 1 if self.config["start"] else slot
         x = self.embed(token[:, None], place) if self.config["reads"] == "embedding" else token
         mask = (jnp.arange(total) <= position)[None, None, None]

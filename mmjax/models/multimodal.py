@@ -268,21 +268,22 @@ class MultimodalModel(nn.Module):
         return self.decoder(text.ids if reads_ids else text.tokens, image, parallel)
 
     def begin_caption(
-        self, image: Float[Array, "batch tokens embed"], first: Int[Array, " batch"], length: int
+        self, image: Float[Array, "batch tokens embed"], first: Int[Array, " batch"], length: int = 0
     ) -> tuple[Float[Array, "batch vocab"], PyTree[Array]]:
         """Logits of the first token, or of the second where texts begin with the start token `first`; and the cache, for
-        texts of this length at most.
+        texts of this length at most: see `Decoder.begin`.
         """
         cache = {}
         if self.config["decoder"]["reads"] == "text":
-            cache["text"] = self.towers["text"].empty_cache(image.shape[0], length)
+            longest = positions_of(self.config["encoders"]["text"])
+            cache["text"] = self.towers["text"].empty_cache(image.shape[0], length or longest)
             if not self.config["decoder"]["start"]:
                 first, cache["text"] = self.towers["text"].step(first, jnp.zeros((), jnp.int32), cache["text"])
         logits, cache["decoder"] = self.decoder.begin(image, first, length)
         return logits, cache
 
     def continue_caption(
-        self, ids: Int[Array, " batch"], slot: Int[Array, ""], cache: PyTree[Array], length: int
+        self, ids: Int[Array, " batch"], slot: Int[Array, ""], cache: PyTree[Array], length: int = 0
     ) -> tuple[Float[Array, "batch vocab"], PyTree[Array]]:
         """Logits of the token after `ids`, which stand in this slot (from 1 on: see `Decoder`); and the cache, which
         began with this length.
