@@ -233,29 +233,23 @@ class Model:
         return np.concatenate([*self.batches(run, len(places), loaders, batch_size)])
 
     def caption(
-        self,
-        images: Sequence[Any],
-        prompts: Sequence[str] | None = None,
-        length: int = 0,
-        seed: int = 0,
-        **strategy: Any,
+        self, images: Sequence[Any], prompts: Sequence[str] | None = None, seed: int = 0, **strategy: Any
     ) -> list[str]:
         """A text for each image.
 
         Args:
           images: as in `encode_image`.
           prompts: what each text begins with, which is part of the result.
-          length: how many tokens a text has at most, with its prompt, start and end; 0 is the model's own choice.
           seed: of sampling.
           strategy: fields of `mmjax.models.generate.Strategy`: `beams` and `length_penalty`, or `temperature`, `top_k`
-            and `top_p`; greedy by default.
+            and `top_p`; greedy by default. `max_new_tokens` is how many follow the prompt at most, the end token too;
+            0 is the model's own choice.
 
         Raises:
           UserError: the model was not trained to caption, an option is unknown or has no effect, the prompts are not as
-            many as the images, texts cannot be so long; otherwise as `encode_image`.
+            many as the images; otherwise as `encode_image`.
         """
-        options = {"length": length, "seed": seed, **strategy}
-        return self.caption_rows(len(images), self._loader(images), prompts, **options)
+        return self.caption_rows(len(images), self._loader(images), prompts, seed=seed, **strategy)
 
     def caption_rows(
         self,
@@ -263,16 +257,16 @@ class Model:
         load_images: LoadRows,
         prompts: Sequence[str] | None = None,
         batch_size: int = BATCH_SIZE,
-        length: int = 0,
         seed: int = 0,
         **strategy: Any,
     ) -> list[str]:
         """`caption` for `count` images; the loader gives pixels, as in `encode_rows`."""
         self.needs("decoder", "caption images")
         chosen = _strategy(strategy)
+        chosen = chosen._replace(max_new_tokens=chosen.max_new_tokens or self.config.model.decoder.max_new_tokens)
         if prompts is not None and len(prompts) != count:
             raise UserError(f"{count} images and {len(prompts)} prompts: give one for each, or none")
-        ids, lengths = self._prompts(prompts or [""] * count, length)
+        ids, lengths = self._prompts(prompts or [""] * count, chosen.max_new_tokens)
         loaders = {"image": load_images, "prompt": lambda rows: ids[rows], "prompt_length": lambda rows: lengths[rows]}
         loaders["row"] = lambda rows: rows
         run = partial(self._caption, seed=seed, strategy=chosen)
@@ -322,18 +316,18 @@ class Model:
         found = language.fill_mask(self, several, None if images is None else self._loader(images), top_k)
         return found[0] if isinstance(texts, str) else found
 
-    def _prompts(self, prompts: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:
-        """Their ids without the end token, filled up to a length, and how many they are."""
+    def _prompts(self, prompts: Sequence[str], max_new_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+        """Their ids without the end token, with room for what follows them, and how many they are."""
         tokenizer, text = self.tokenizer, self.config.model.encoders.text
-        length = length or self.config.model.decoder.max_tokens or text.length
-        if not 2 <= length <= positions_of(text):
-            raise UserError(f"length: {length} is not from 2 to {positions_of(text)}, the most that texts can have")
         if not self.config.model.decoder.start and tokenizer.start_id is None:
             raise UserError("config.model.decoder.start is off, and the tokenizer has no start token")
-        ids = tokenizer.encode(list(prompts), length)
+        ids = tokenizer.encode(list(prompts), text.length)
         ended = ids == tokenizer.end_id
         ended[:, 0] &= tokenizer.start_id != tokenizer.end_id
         lengths = np.where(ended.any(axis=1), ended.argmax(axis=1), (ids != tokenizer.pad_id).sum(axis=1))
+        if max_new_tokens:
+            room = min(positions_of(text), _power_of_two(lengths.max(initial=1)) + max_new_tokens)
+            ids = np.pad(ids, ((0, 0), (0, max(0, room - ids.shape[1]))))[:, :room]
         return ids, lengths.astype(np.int32)
 
     def needs(self, part: str, to: str) -> None:
@@ -526,6 +520,8 @@ def _strategy(options: dict[str, Any]) -> Strategy:
     if unknown:
         raise UserError(f"unknown option {min(unknown)}; {suggest(min(unknown), Strategy._fields)}")
     chosen = Strategy(**options)
+    if chosen.max_new_tokens < 0:
+        raise UserError(f"max_new_tokens: {chosen.max_new_tokens} is less than 0")
     if chosen.beams < 1 or chosen.temperature < 0 or chosen.top_k < 0 or not 0 < chosen.top_p <= 1:
         raise UserError(f"{chosen}: beams is at least 1, temperature and top_k are not negative, top_p is in (0, 1]")
     if chosen.beams > 1 and chosen.temperature:

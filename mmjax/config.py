@@ -173,8 +173,8 @@ def fusion(**fields) -> ConfigDict:
 def decoder(**fields) -> ConfigDict:
     """A causal text decoder that reads the image, for captioning. Sizes of 0 are those of the text tower.
 
-    `start_id` is a token that stands in place of the first of a text, -1 for none; `max_tokens` is how many tokens a text
-    that it writes has, unless it is told: 0 for as many as texts can have.
+    `start_id` is a token that is read in place of the first of a text, -1 for none. `max_new_tokens` is how many tokens
+    it writes at most, unless it is told: 0 for as many as texts can have.
     """
     own = {
         "depth": 6,
@@ -183,7 +183,7 @@ def decoder(**fields) -> ConfigDict:
         "image_queries": 0,
         "start": True,
         "start_id": -1,
-        "max_tokens": 0,
+        "max_new_tokens": 0,
         "tied": False,
         "transform": False,
     }

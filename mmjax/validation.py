@@ -179,7 +179,7 @@ def _check_model(config: ConfigDict) -> None:
 
 
 def _check_part(config: ConfigDict, name: str) -> None:
-    from mmjax.models.multimodal import part_size, positions_of, tower_size
+    from mmjax.models.multimodal import part_size, tower_size
 
     text = config.model.encoders.text
     part, width = part_size(config.model[name].to_dict(), tower_size(text)), tower_size(text).width
@@ -204,8 +204,8 @@ def _check_part(config: ConfigDict, name: str) -> None:
         raise UserError("config.model.decoder.start_id: it needs reads=embedding, and start off")
     if not -1 <= part["start_id"] < text.vocab_size:
         raise UserError(f"config.model.decoder.start_id: {part['start_id']} is no id of the vocabulary")
-    if not 0 <= part["max_tokens"] <= positions_of(text):
-        raise UserError(f"config.model.decoder.max_tokens: {part['max_tokens']} is not from 0 to {positions_of(text)}")
+    if part["max_new_tokens"] < 0:
+        raise UserError(f"config.model.decoder.max_new_tokens: {part['max_new_tokens']} is less than 0")
     if part["tied"] and part["reads"] == "text":
         raise UserError("config.model.decoder.tied: only an embedding of its own can be tied (reads=embedding)")
 

@@ -43,7 +43,7 @@ _TEXT = {
     "bos_token_id": 30_522,
     "sep_token_id": 102,
     "pad_token_id": 0,
-    "max_length": 20,  # of what it writes; transformers' default for all models
+    "max_length": 20,  # of what it writes, after its prompt; transformers' default for all models
 }
 _IMAGE = {"resize": "squash", **processing.OPENAI}
 _TEMPERATURE = 0.07
@@ -77,7 +77,7 @@ def to_config(theirs: Json, files: Mapping[str, Json]) -> ConfigDict:
             depth=text["num_hidden_layers"],
             start=False,
             start_id=text["bos_token_id"],
-            max_tokens=min(text["max_length"], text["max_position_embeddings"]),
+            max_new_tokens=text["max_length"],
             tied=True,
             transform=True,
         )
@@ -121,7 +121,7 @@ def to_theirs(config: ConfigDict) -> dict[str, Any]:
             "encoder_hidden_size": tower_settings(image)["hidden_size"],
             "bos_token_id": model.decoder.start_id if captions else text.vocab_size - 2,
             "sep_token_id": text.end_id,
-            "max_length": (model.decoder.max_tokens or text.length) if captions else _TEXT["max_length"],
+            "max_length": (model.decoder.max_new_tokens or text.length) if captions else _TEXT["max_length"],
         },
     }
 

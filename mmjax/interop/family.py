@@ -37,7 +37,7 @@ class Family(NamedTuple):
 
 # What changes how fast a tower runs or what training does, and not what it computes.
 _FREE = ("variant", "remat", "unroll", "token_drop", "tokenizer", "resize")
-_FREE_PARTS = ("remat", "unroll", "max_tokens")
+_FREE_PARTS = ("remat", "unroll", "max_new_tokens")
 
 
 def architecture(config: ConfigDict) -> dict[str, Any]:

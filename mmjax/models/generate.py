@@ -19,7 +19,7 @@ class Strategy(NamedTuple):
     keeps so many of the likeliest (0: all), `top_p` the likeliest that together have this probability ("The Curious
     Case of Neural Text Degeneration", Holtzman et al. 2020, section 3.1). More beams search for the likeliest text;
     sums of log-probabilities are divided by ((5 + tokens) / 6)^length_penalty ("Google's Neural Machine Translation
-    System", Wu et al. 2016, eq. 14).
+    System", Wu et al. 2016, eq. 14). A text ends after `max_new_tokens` that follow its prompt, where that is not 0.
     """
 
     beams: int = 1
@@ -27,6 +27,7 @@ class Strategy(NamedTuple):
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
+    max_new_tokens: int = 0
 
 
 GREEDY = Strategy()
@@ -70,7 +71,7 @@ def generate(
       log-probabilities of its tokens after the prompt, with beams divided by the length penalty. Padding is never
       chosen, and has no share of the probability.
     """
-    step = _Step(module, params, prompt, prompt_length, end_id)
+    step = _Step(module, params, prompt, prompt_length, end_id, strategy)
     search = step.begin(image)
     if strategy.beams == 1:
         found = _run(search, step, lambda search: _drawn(search, rng, strategy), prompt.shape[1])
@@ -96,6 +97,7 @@ class _Step(NamedTuple):
     prompt: Int[Array, "rows length"]
     prompt_length: Int[Array, " rows"]
     end_id: int | None
+    strategy: Strategy
 
     def begin(self, image: Float[Array, "rows tokens embed"]) -> _Search:
         """Texts of nothing, or of their start token alone."""
@@ -116,6 +118,8 @@ class _Step(NamedTuple):
         own = jnp.take_along_axis(log_probabilities, token[:, None], axis=1)[:, 0]
         free = ~search.finished & ~self.forced(search.place)
         finished = search.finished if self.end_id is None else search.finished | (free & (token == self.end_id))
+        if self.strategy.max_new_tokens:
+            finished = finished | (search.place + 1 >= self.prompt_length + self.strategy.max_new_tokens)
         token = jnp.where(search.finished, self.pad_id, token)
         slot = search.place + (1 if self.module.config["decoder"]["start"] else 0)
         arguments = token, slot, search.cache, self.prompt.shape[1]
