@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Bool, Float, Int, PyTree
 from ml_collections import ConfigDict
 
+from mmjax import language
 from mmjax.building import init_params, make_module
 from mmjax.config import completed, from_plain, suggest
 from mmjax.data import image as image_ops
@@ -22,7 +23,7 @@ from mmjax.errors import UserError
 from mmjax.interop import pretrained
 from mmjax.models.flops import patch_count
 from mmjax.models.generate import Strategy, generate
-from mmjax.models.multimodal import Text, tower_size
+from mmjax.models.multimodal import Text, positions_of, tower_size
 from mmjax.objectives.captioning import labels_of
 from mmjax.quantization import check_weights, quantized
 from mmjax.sharding import distributed
@@ -104,11 +105,12 @@ class Model:
         """Encodes file paths, PIL images, or uint8 arrays [height, width, 3] of any size.
 
         Raises:
-          UserError: a file is missing or is no image, or an array has another shape or type.
+          UserError: a file is missing or is no image, or an array has another shape or type; or the model reads none.
         """
         return self.encode_rows("image", len(images), self._loader(images))
 
     def _loader(self, images: Sequence[Any]) -> LoadRows:
+        self.needs("image", "read images")
         reader = Reader.of(self.config.model.encoders.image)
         return lambda indices: reader(image_ops.pixels_of(images[index]) for index in indices)
 
@@ -242,7 +244,8 @@ class Model:
           prompts: what each text begins with, which is part of the result.
           seed: of sampling.
           strategy: fields of `mmjax.models.generate.Strategy`: `beams` and `length_penalty`, or `temperature`, `top_k`
-            and `top_p`; greedy by default.
+            and `top_p`; greedy by default. `max_new_tokens` is how many follow the prompt at most, the end token too;
+            0 is the model's own choice.
 
         Raises:
           UserError: the model was not trained to caption, an option is unknown or has no effect, the prompts are not as
@@ -262,9 +265,10 @@ class Model:
         """`caption` for `count` images; the loader gives pixels, as in `encode_rows`."""
         self.needs("decoder", "caption images")
         chosen = _strategy(strategy)
+        chosen = chosen._replace(max_new_tokens=chosen.max_new_tokens or self.config.model.decoder.max_new_tokens)
         if prompts is not None and len(prompts) != count:
             raise UserError(f"{count} images and {len(prompts)} prompts: give one for each, or none")
-        ids, lengths = self._prompts(prompts or [""] * count)
+        ids, lengths = self._prompts(prompts or [""] * count, chosen.max_new_tokens)
         loaders = {"image": load_images, "prompt": lambda rows: ids[rows], "prompt_length": lambda rows: lengths[rows]}
         loaders["row"] = lambda rows: rows
         run = partial(self._caption, seed=seed, strategy=chosen)
@@ -292,15 +296,40 @@ class Model:
         shape = (self.config.model.encoders.text.length,)
         return self._of_pairs(self._caption_likelihood, shape, images, texts, load_images, load_texts, batch_size)
 
-    def _prompts(self, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Their ids without the end token, and how many they are."""
-        tokenizer, length = self.tokenizer, self.config.model.encoders.text.length
+    def fill_mask(
+        self, texts: str | Sequence[str], images: Sequence[Any] | None = None, top_k: int = 5
+    ) -> list[language.Candidates] | list[list[language.Candidates]]:
+        """What stands where texts have mask tokens: `fill_mask("Paris is the [MASK] of France.")`.
+
+        Args:
+          texts: one or more, each with at least one mask token as the tokenizer writes it.
+          images: one for each text, for a model whose texts see images; as in `encode_image`.
+          top_k: how many tokens, the likeliest first.
+
+        Returns:
+          For each mask token of a text pairs of a token and its probability; of several texts such a list for each.
+
+        Raises:
+          UserError: the model was not trained to fill in tokens, or a text hides none; otherwise as `encode_image`.
+        """
+        several = [texts] if isinstance(texts, str) else list(texts)
+        if images is not None and len(images) != len(several):
+            raise UserError(f"{len(images)} images and {len(several)} texts are no pairs")
+        found = language.fill_mask(self, several, None if images is None else self._loader(images), top_k)
+        return found[0] if isinstance(texts, str) else found
+
+    def _prompts(self, prompts: Sequence[str], max_new_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+        """Their ids without the end token, with room for what follows them, and how many they are."""
+        tokenizer, text = self.tokenizer, self.config.model.encoders.text
         if not self.config.model.decoder.start and tokenizer.start_id is None:
             raise UserError("config.model.decoder.start is off, and the tokenizer has no start token")
-        ids = tokenizer.encode(list(prompts), length)
+        ids = tokenizer.encode(list(prompts), text.length)
         ended = ids == tokenizer.end_id
         ended[:, 0] &= tokenizer.start_id != tokenizer.end_id
         lengths = np.where(ended.any(axis=1), ended.argmax(axis=1), (ids != tokenizer.pad_id).sum(axis=1))
+        if max_new_tokens:
+            room = min(positions_of(text), _power_of_two(lengths.max(initial=1)) + max_new_tokens)
+            ids = np.pad(ids, ((0, 0), (0, max(0, room - ids.shape[1]))))[:, :room]
         return ids, lengths.astype(np.int32)
 
     def classify(self, images: Sequence[Any], top_k: int = 5) -> list[list[tuple[str, float]]]:
@@ -542,6 +571,8 @@ def _strategy(options: dict[str, Any]) -> Strategy:
     if unknown:
         raise UserError(f"unknown option {min(unknown)}; {suggest(min(unknown), Strategy._fields)}")
     chosen = Strategy(**options)
+    if chosen.max_new_tokens < 0:
+        raise UserError(f"max_new_tokens: {chosen.max_new_tokens} is less than 0")
     if chosen.beams < 1 or chosen.temperature < 0 or chosen.top_k < 0 or not 0 < chosen.top_p <= 1:
         raise UserError(f"{chosen}: beams is at least 1, temperature and top_k are not negative, top_p is in (0, 1]")
     if chosen.beams > 1 and chosen.temperature:

@@ -151,10 +151,14 @@ def image_encoder(**fields) -> ConfigDict:
 
 
 def text_encoder(**fields) -> ConfigDict:
-    """A text Transformer. `tokenizer` is a file; "" means the one that the data set comes with."""
+    """A text Transformer. `tokenizer` is a file; "" means the one that the data set comes with.
+
+    Texts are cut off at `length` tokens; there are embeddings of so many `positions`, or 0: of as many.
+    """
     own = {
         "vocab_size": 32_000,
         "length": 64,
+        "positions": 0,
         "tokenizer": "",
         "pooling": "last",
         "causal": False,
@@ -170,18 +174,27 @@ _PART = {"width": 0, "mlp_dim": 0, "heads": 0, "remat": "none", "unroll": 1}
 
 
 def fusion(**fields) -> ConfigDict:
-    """Cross-attention from text to image, for matching and masked modelling. Sizes of 0 are those of the text tower."""
+    """Cross-attention from text to image, for matching and masked modelling. Sizes of 0 are those of the text tower.
+
+    With `reads="tower"` and a `depth` of 0 it is the text tower's own layers that have it.
+    """
     return ConfigDict(_PART | {"depth": 6, "reads": "text", "pooling": "mean"} | fields)
 
 
 def decoder(**fields) -> ConfigDict:
-    """A causal text decoder that reads the image, for captioning. Sizes of 0 are those of the text tower."""
+    """A causal text decoder that reads the image, for captioning. Sizes of 0 are those of the text tower.
+
+    `start_id` is a token that is read in place of the first of a text, -1 for none. `max_new_tokens` is how many tokens
+    it writes at most, unless it is told: 0 for as many as texts can have.
+    """
     own = {
         "depth": 6,
         "reads": "embedding",
         "image": "cross",
         "image_queries": 0,
         "start": True,
+        "start_id": -1,
+        "max_new_tokens": 0,
         "tied": False,
         "transform": False,
     }

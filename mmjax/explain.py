@@ -227,7 +227,8 @@ def _cross_attention(params: PyTree, batch: dict[str, Array], module: Multimodal
     )
     method = {"fusion": "match", "decoder": "caption"}[part]
     _, seen = module.apply({"params": params}, text, patches, method=method, mutable=[ATTENTION])
-    own = seen[ATTENTION][part]
+    reads = module.config[part]["reads"]
+    own = seen[ATTENTION]["text" if reads == "tower" else part]
     blocks = own["transformer"]["blocks"]
     if "cross_attention" in blocks:
         weights = blocks["cross_attention"]["weights"].mean(axis=(0, 2))  # over layers and heads

@@ -95,7 +95,7 @@ def _check_names(config: ConfigDict) -> None:
     from mmjax.data.augment import RESIZES
     from mmjax.data.image import FOR_EVALUATION, RESAMPLES
     from mmjax.data.pipeline import CAPTION_CHOICES
-    from mmjax.models.decoder import IMAGE_INPUTS, READS
+    from mmjax.models import decoder, fusion
     from mmjax.models.pooling import POOLINGS
     from mmjax.models.position import INTERPOLATIONS, POSITIONS, RELATIVE_POSITIONS
     from mmjax.models.transformer import ACTIVATIONS, NORMS, REMAT_POLICIES
@@ -121,11 +121,12 @@ def _check_names(config: ConfigDict) -> None:
     for name in PARTS:
         if part := config.model[name]:
             _one_of(part.remat, REMAT_POLICIES, f"model.{name}.remat")
-            _one_of(part.reads, READS, f"model.{name}.reads")
+            reads = {"fusion": fusion.READS, "decoder": decoder.READS}[name]
+            _one_of(part.reads, reads, f"model.{name}.reads")
     if config.model.fusion:
         _one_of(config.model.fusion.pooling, POOLINGS, "model.fusion.pooling")
     if config.model.decoder:
-        _one_of(config.model.decoder.image, IMAGE_INPUTS, "model.decoder.image")
+        _one_of(config.model.decoder.image, decoder.IMAGE_INPUTS, "model.decoder.image")
     for name, entry in config.streams.items():
         for objective_name in entry.objectives:
             _one_of(objective_name, config.objectives, f"streams.{name}.objectives")
@@ -160,6 +161,8 @@ def _check_model(config: ConfigDict) -> None:
             _check_image_encoder(encoder, size, patch, key)
         elif encoder.length < 2:
             raise UserError(f"config.{key}.length: {encoder.length} is too short for a token and its end")
+        elif encoder.positions and encoder.positions < encoder.length:
+            raise UserError(f"config.{key}.positions: {encoder.positions} are fewer than the length {encoder.length}")
         elif encoder.token_drop and encoder.pooling == "eos":
             raise UserError(f"config.{key}.token_drop: the end token, which is pooled, could be dropped")
         if not encoder.projection and size.width != config.model.embed_dim:
@@ -216,7 +219,15 @@ def _check_part(config: ConfigDict, name: str) -> None:
 
     text = config.model.encoders.text
     part, width = part_size(config.model[name].to_dict(), tower_size(text)), tower_size(text).width
-    for key, low in (("depth", 1), ("width", 1), ("heads", 1), ("mlp_dim", 1), ("unroll", 0)):
+    if part["reads"] == "tower" and part["depth"]:
+        raise UserError(f"config.model.{name}.depth: with reads=tower the layers are the text tower's; set it to 0")
+    for key, low in (
+        ("depth", int(part["reads"] != "tower")),
+        ("width", 1),
+        ("heads", 1),
+        ("mlp_dim", 1),
+        ("unroll", 0),
+    ):
         if part[key] < low:
             raise UserError(f"config.model.{name}.{key}: {part[key]} is less than {low}")
     if part["width"] % part["heads"]:
@@ -231,6 +242,12 @@ def _check_part(config: ConfigDict, name: str) -> None:
         raise UserError(f"config.model.decoder.image_queries: {part['image_queries']} is less than 0")
     if part["reads"] == "text" and not text.causal:
         raise UserError("config.model.decoder.reads: the text tower's tokens see the future: set encoders.text.causal")
+    if part["start_id"] >= 0 and (part["start"] or part["reads"] == "text"):
+        raise UserError("config.model.decoder.start_id: it needs reads=embedding, and start off")
+    if not -1 <= part["start_id"] < text.vocab_size:
+        raise UserError(f"config.model.decoder.start_id: {part['start_id']} is no id of the vocabulary")
+    if part["max_new_tokens"] < 0:
+        raise UserError(f"config.model.decoder.max_new_tokens: {part['max_new_tokens']} is less than 0")
     if part["tied"] and part["reads"] == "text":
         raise UserError("config.model.decoder.tied: only an embedding of its own can be tied (reads=embedding)")
 

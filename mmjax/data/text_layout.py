@@ -90,7 +90,8 @@ def of_definition(definition: str, config: dict[str, Any]) -> tuple[str, Layout]
 
     parts = json.loads(definition)
     _set_case(parts, config)
-    tokenizer = tokenizers.Tokenizer.from_str(json.dumps(parts))
+    # Padding to a fixed length, as files of sentence-transformers have it, is no part of what stands after a text.
+    tokenizer = tokenizers.Tokenizer.from_str(json.dumps(parts | {"padding": None, "truncation": None}))
     _add_tokens(tokenizer, config)
     by_config = tokenizer.post_processor is None or config.get("replaces_ends")
     before, after = _ends(tokenizer.token_to_id, config) if by_config else _ends_of_file(tokenizer)

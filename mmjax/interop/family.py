@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
+from mmjax.config import PARTS
 from mmjax.errors import UserError
 from mmjax.interop.table import Table
 
@@ -35,18 +36,30 @@ class Family(NamedTuple):
 
 # What changes how fast a tower runs or what training does, and not what it computes.
 _FREE = ("variant", "remat", "unroll", "token_drop", "tokenizer", "resize", "resample", "crop_fraction")
+_FREE_PARTS = ("remat", "unroll", "max_new_tokens")
 
 
 def architecture(config: ConfigDict) -> dict[str, Any]:
     """What of a config decides which parameters a model has and what it computes from them."""
-    model = config.model.to_dict()
-    model.pop("max_logit_scale")  # what is saved is below it
-    for name, encoder in model["encoders"].items():
-        from mmjax.models.multimodal import tower_size
-        from mmjax.models.variants import parse
+    from mmjax.models.multimodal import part_size, positions_of, tower_size
+    from mmjax.models.variants import parse
+    from mmjax.objectives import parts_of
 
+    model, parts = config.model.to_dict(), parts_of(config)
+    model.pop("max_logit_scale")  # what is saved is below it
+    text = model["encoders"].get("text")
+    model["parts"] = sorted(parts)
+    for name in PARTS:
+        own = part_size(model[name], tower_size(text)) if name in parts else {}
+        model[name] = {key: value for key, value in own.items() if key not in _FREE_PARTS}
+    # A text tower that is not built says how texts are read.
+    model["encoders"] = {name: each for name, each in model["encoders"].items() if name in parts or name == "text"}
+    for name, encoder in model["encoders"].items():
         own = {key: value for key, value in encoder.items() if key not in _FREE}
         model["encoders"][name] = own | tower_size(encoder)._asdict() | {"patch": parse(encoder["variant"])[1]}
+    if text:
+        del model["encoders"]["text"]["length"]  # where texts are cut off, which is no parameter
+        model["encoders"]["text"]["positions"] = positions_of(text)
     return model
 
 

@@ -67,8 +67,9 @@ def load(
 
 
 def load_config(source: str | Path, revision: str | None = None) -> ConfigDict:
-    """The config of a model, as `load` gives it, but for what only the names of its tensors say."""
-    return _config_of(store.find(source, revision))[1]
+    """The config of a model, as `load` gives it."""
+    folder = store.find(source, revision)
+    return _config_of(folder, {TENSORS: store.open_tensors(folder).names()})[1]
 
 
 def load_tokenizer(source: str | Path, revision: str | None = None) -> tokenizers.Tokenizer | None:
@@ -95,8 +96,8 @@ def could_be_elsewhere(source: str | Path) -> bool:
 
 def _config_of(folder: store.Folder, tensors: Mapping[str, Json] | None = None) -> tuple[Family, ConfigDict]:
     family, theirs = family_of(folder)
-    files = {name: folder.read_json(name, optional=True) for name in FILES}
     try:
+        files = {name: folder.read_json(name, optional=True, kind=kind) for name, kind in FILES.items()}
         return family, family.to_config(theirs, files | (tensors or {}))
     except UserError as error:
         raise UserError(f"{folder.name}: {error}") from None
@@ -134,6 +135,7 @@ def save(
         contents |= tokenizer_files.contents(tokenizer, config.model.encoders.text.length, chosen.name)
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in contents.items():
+        (folder / name).parent.mkdir(exist_ok=True)
         write_atomically(folder / name, content)
     store.save_tensors(folder / chosen.weights, table.write(chosen.table(config), _as_computed(config, params)))
     store.write_checksums(folder)

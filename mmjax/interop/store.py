@@ -27,18 +27,19 @@ class Folder:
         """Whether there is such a file."""
         return (self.path / name).is_file()
 
-    def read_json(self, name: str, optional: bool = False) -> dict[str, Any]:
-        """The object in a JSON file.
+    def read_json(self, name: str, optional: bool = False, kind: type = dict) -> Any:
+        """The object, or the list, in a JSON file.
 
         Args:
           name: of the file.
-          optional: a missing file is an empty object.
+          optional: a missing file is an empty one.
+          kind: what it holds, `dict` or `list`.
 
         Raises:
           UserError: it is missing, is damaged, or holds something else.
         """
         if optional and not self.has(name):
-            return {}
+            return kind()
         try:
             content = json.loads((self.path / name).read_bytes())
         except FileNotFoundError as error:
@@ -47,8 +48,8 @@ class Folder:
             raise UserError(f"{self.name}: {name}: {error.strerror}") from error
         except (ValueError, RecursionError) as error:
             raise UserError(f"{self.name}: {name} is damaged: {one_line(error)}") from error
-        if not isinstance(content, dict):
-            raise UserError(f"{self.name}: {name} is damaged: it holds no JSON object")
+        if not isinstance(content, kind):
+            raise UserError(f"{self.name}: {name} is damaged: it holds no JSON {'list' if kind is list else 'object'}")
         return content
 
 

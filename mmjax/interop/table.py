@@ -5,7 +5,7 @@ shapes fit, or nothing is loaded.
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -60,12 +60,15 @@ class Table(NamedTuple):
     """All rows of a model.
 
     `fixed` are our parameters that have no tensor there, with their values; `ignored` patterns of tensors there that
-    hold no parameter, or one that is in another tensor too.
+    hold no parameter. `tied` are tensors that may be there, each with the name of the one that it has to be equal to.
+    `renamed` are patterns of what names once had in them, and what stands there today.
     """
 
     rows: tuple[Row, ...]
     fixed: Mapping[str, float] = {}
     ignored: tuple[str, ...] = ()
+    tied: Mapping[str, str] = {}
+    renamed: tuple[tuple[str, str], ...] = ()
 
 
 def dense(ours: str, theirs: str, bias: bool = True) -> Iterator[Row]:
@@ -115,20 +118,39 @@ def expected(table: Table, shapes: PyTree) -> dict[str, tuple[int, ...]]:
     return found
 
 
+def todays_names(table: Table, names: Iterable[str]) -> dict[str, str]:
+    """Of tensors with these names: the name that each has today, and its own."""
+    found = {}
+    for name in names:
+        today = name
+        for pattern, replacement in table.renamed:
+            today = re.sub(pattern, replacement, today)
+        found[today] = name
+    return found
+
+
 def check(table: Table, shapes: PyTree, tensors: Tensors, source: str, family: str) -> None:
     """Raises UserError, naming all of them, where tensors are missing, unknown, or have other shapes."""
-    there = {name: shape for name, (shape, _) in tensors.names().items()}
+    known = tensors.names()
+    todays = todays_names(table, known)
+    there = {name: known[own][0] for name, own in todays.items()}
     wanted = expected(table, shapes)
-    unknown = [name for name in there if name not in wanted and not any(re.fullmatch(p, name) for p in table.ignored)]
-    wrong = {name: shape for name, shape in wanted.items() if name in there and there[name] != shape}
+    wanted_too = wanted | {name: wanted[other] for name, other in table.tied.items() if name in there}
+    unknown = [name for name in there if name not in wanted_too and not _is_ignored(table, name)]
+    wrong = {name: shape for name, shape in wanted_too.items() if name in there and there[name] != shape}
     faults = {
         "missing": [name for name in wanted if name not in there],
         "unknown": unknown,
+        "there by another name, too": set(known) - set(todays.values()),
         "of another shape": [f"{name} ({[*there[name]]} instead of {[*wrong[name]]})" for name in wrong],
     }
     found = "; ".join(f"{what}: {', '.join(sorted(names))}" for what, names in faults.items() if names)
     if found:
         raise UserError(f"{source}: its tensors are not those of a {family} model with its config. {found}")
+
+
+def _is_ignored(table: Table, name: str) -> bool:
+    return any(re.fullmatch(pattern, name) for pattern in table.ignored)
 
 
 def read(
@@ -150,12 +172,15 @@ def read(
       finish: (path, parameter, sharding) -> what stands in its place, called before the next one is read.
 
     Raises:
-      UserError: a tensor holds a value that is not finite.
+      UserError: a tensor holds a value that is not finite, or is not equal to the one that it is tied to.
     """
-    rows = {row.ours: row for row in table.rows}
+    rows, names_there = {row.ours: row for row in table.rows}, todays_names(table, tensors.names())
+    for name, other in table.tied.items():
+        if name in names_there and not np.array_equal(*(tensors.get(names_there[each]) for each in (name, other))):
+            raise UserError(f"{source}: {name} is not equal to {other}; a model here has one tensor for both")
 
     def layer(row: Row, name: str) -> np.ndarray:
-        tensor = tensors.get(name)
+        tensor = tensors.get(names_there[name])
         if row.part[1] > 1:
             size = tensor.shape[0] // row.part[1]
             tensor = tensor[row.part[0] * size : (row.part[0] + 1) * size]

@@ -14,6 +14,8 @@ _SENTENCEPIECE = {
     "": {"tokenizer_class": "T5Tokenizer", "extra_ids": 0},
 }
 
+_CLASSIFYING = ("bert", "blip")  # families whose texts begin with a token for classification, and end with a separator
+
 
 def contents(tokenizer: Tokenizer, length: int, family: str) -> dict[str, bytes]:
     """The files by name: `tokenizer.json` (or `spiece.model`) and `tokenizer_config.json`.
@@ -44,7 +46,8 @@ def contents(tokenizer: Tokenizer, length: int, family: str) -> dict[str, bytes]
     if family == "siglip2":  # whose class puts no tokens around a text but by these
         ends = {"add_bos_token": bool(layout["before"]), "add_eos_token": bool(layout["after"])}
         settings |= {"tokenizer_class": "Siglip2Tokenizer", **ends}
-    special = {"pad": tokenizer.pad_id, "bos": tokenizer.start_id, "eos": tokenizer.end_id, "mask": tokenizer.mask_id}
+    first, last = ("cls", "sep") if family in _CLASSIFYING else ("bos", "eos")
+    special = {"pad": tokenizer.pad_id, first: tokenizer.start_id, last: tokenizer.end_id, "mask": tokenizer.mask_id}
     settings |= {f"{name}_token": names[index] for name, index in special.items() if index in names}
     return {
         "tokenizer.json": json.dumps(definition, ensure_ascii=False).encode(),

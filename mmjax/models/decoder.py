@@ -40,7 +40,8 @@ class Decoder(nn.Module):
     `reads` is "embedding": ids through an embedding of its own ("Image Captioners Are Scalable Vision Learners Too",
     Tschannen et al. 2023, Cap), or "text": the causal text tower's tokens (CoCa, Yu et al. 2022, section 3.2). `image`
     is "cross": cross-attention in every layer, or "prefix": the image's tokens stand before the text's in the same
-    sequence. A learned `start` vector stands before the first token, unless texts begin with a start token.
+    sequence. A learned `start` vector stands before the first token, unless texts begin with a start token; then
+    `start_id`, where it is an id, is read in its place (BLIP, Li et al. 2022, section 3.1).
 
     A sequence position ("slot") predicts the token after it: slot 0 is `start`, or else the first token.
     """
@@ -90,7 +91,9 @@ class Decoder(nn.Module):
           parallel: rows that see no text at all: every slot predicts its token from the image alone and the slot's
             place (CapPa, Tschannen et al. 2023, section 3.1).
         """
-        tokens = self.embed(text[:, :-1]) if self.config["reads"] == "embedding" else text[:, :-1]
+        tokens = text[:, :-1]
+        if self.config["reads"] == "embedding":
+            tokens = self.embed(self._started(tokens))
         slots = self._with_start(tokens)
         count = slots.shape[1]
         mask = jnp.tril(jnp.ones((1, 1, count, count), bool))
@@ -108,6 +111,9 @@ class Decoder(nn.Module):
         mask = jnp.concatenate([above, jnp.concatenate([sees_image, mask], axis=3)], axis=2)
         return self._logits(self.transformer(jnp.concatenate([image, slots], axis=1), mask)[:, first:])
 
+    def _started(self, ids: Array) -> Array:
+        return ids.at[:, 0].set(self.config["start_id"]) if self.config["start_id"] >= 0 else ids
+
     def _with_start(self, tokens: Array) -> Array:
         if not self.config["start"]:
             return tokens
@@ -122,22 +128,26 @@ class Decoder(nn.Module):
         return self.token_head(x, self.embed.table() if self.config["tied"] else None)
 
     def begin(
-        self, image: Float[Array, "batch tokens embed2"], first: Int[Array, " batch"] | Float[Array, "batch 1 embed"]
+        self,
+        image: Float[Array, "batch tokens embed2"],
+        first: Int[Array, " batch"] | Float[Array, "batch 1 embed"],
+        length: int = 0,
     ) -> tuple[Float[Array, "batch vocab"], PyTree[Array]]:
         """Slot 0: its logits, and the cache for `step`.
 
         Args:
           image: the image tower's tokens.
           first: without `start`, the first token of each text: its id, or with `reads` "text" the tower's token.
+          length: of the texts, at most; 0 for as many tokens as there are positions.
         """
         image, config = self._image(image), self.config
         prefix = image.shape[1] if config["image"] == "prefix" else 0
-        slots = self.length + 1  # the start and every token
+        slots = (length or self.length) + 1  # the start and every token
         cache = self.transformer.empty_cache(image.shape[0], prefix + slots, config["width"])
         if config["start"]:
             x = jnp.broadcast_to(self.start.astype(image.dtype), (image.shape[0], 1, config["width"]))
         else:
-            x = self.embed(first[:, None]) if config["reads"] == "embedding" else first
+            x = self.embed(self._started(first[:, None])) if config["reads"] == "embedding" else first
         if prefix:
             x = jnp.concatenate([image, x], axis=1)
         places = jnp.arange(prefix + slots)
@@ -148,11 +158,15 @@ class Decoder(nn.Module):
         return self._logits(x[:, -1:])[:, 0], cache
 
     def step(
-        self, token: Int[Array, " batch"] | Float[Array, "batch 1 embed"], slot: Int[Array, ""], cache: PyTree[Array]
+        self,
+        token: Int[Array, " batch"] | Float[Array, "batch 1 embed"],
+        slot: Int[Array, ""],
+        cache: PyTree[Array],
+        length: int = 0,
     ) -> tuple[Float[Array, "batch vocab"], PyTree[Array]]:
-        """One more slot, from 1 on: its token's id, or with `reads` "text" the tower's token of it."""
+        """One more slot, from 1 on: its token's id, or with `reads` "text" the tower's token; `length` as before."""
         total = cache["self"]["key"].shape[2]
-        position = slot + total - (self.length + 1)
+        position = slot + total - ((length or self.length) + 1)
         place = slot - 1 if self.config["start"] else slot
         x = self.embed(token[:, None], place) if self.config["reads"] == "embedding" else token
         mask = (jnp.arange(total) <= position)[None, None, None]

@@ -43,7 +43,8 @@ def part_flops(model: Mapping[str, Any], name: str) -> int:
         length, seen = length + seen, 0
     own = length * (4 * width**2 + 2 * width * part["mlp_dim"]) + 2 * length**2 * width
     cross = 2 * length * width**2 + 2 * seen * image_width * width + 2 * length * seen * width if seen else 0
-    return 2 * part["depth"] * (own + cross)
+    depth = text.depth if part["reads"] == "tower" else part["depth"]
+    return 2 * depth * (own + cross)
 
 
 def vocabulary_flops(model: Mapping[str, Any], name: str) -> int:

@@ -11,10 +11,17 @@ from mmjax.models.pooling import Pool
 from mmjax.models.text import TokenHead
 from mmjax.models.transformer import PRE_NORM, Style, Transformer
 
+# What goes into it: the text tower's tokens, or the embedded ids; or the tower itself reads the image, and its tokens
+# are the result.
+READS = ("text", "embedding", "tower")
+
 
 class Fusion(nn.Module):
     """A bidirectional Transformer over text tokens with cross-attention to the image's ("Align before Fuse", Li et al.
     2021, section 3.1). Fields: `mmjax.config.fusion`, widths and heads resolved.
+
+    With `reads` "tower" there are no layers here: those of the text tower attend to the image, where there is one
+    ("BLIP", Li et al. 2022, section 3.1: the image-grounded text encoder).
 
     Its heads say whether image and text belong together (`match`, [batch, 2]: no, yes), and which token stands at each
     place (`predict`); each is built where it is called.
@@ -51,7 +58,7 @@ class Fusion(nn.Module):
         return self.match_head(self.pool(fused, valid).astype(jnp.float32))
 
     def predict(
-        self, fused: Float[Array, "batch tokens embed"], table: Float[Array, "vocab embed"]
-    ) -> Float[Array, "batch tokens vocab"]:
+        self, fused: Float[Array, "batch places embed"], table: Float[Array, "vocab embed"]
+    ) -> Float[Array, "batch places vocab"]:
         """Logits of the token at each place; `table` holds the text tower's embedding of every id."""
         return self.token_head(fused, table)

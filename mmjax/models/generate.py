@@ -19,7 +19,7 @@ class Strategy(NamedTuple):
     keeps so many of the likeliest (0: all), `top_p` the likeliest that together have this probability ("The Curious
     Case of Neural Text Degeneration", Holtzman et al. 2020, section 3.1). More beams search for the likeliest text;
     sums of log-probabilities are divided by ((5 + tokens) / 6)^length_penalty ("Google's Neural Machine Translation
-    System", Wu et al. 2016, eq. 14).
+    System", Wu et al. 2016, eq. 14). A text ends after `max_new_tokens` that follow its prompt, where that is not 0.
     """
 
     beams: int = 1
@@ -27,6 +27,7 @@ class Strategy(NamedTuple):
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
+    max_new_tokens: int = 0
 
 
 GREEDY = Strategy()
@@ -59,7 +60,7 @@ def generate(
     Args:
       module, params: a model with a decoder.
       image: the image tower's tokens.
-      prompt: ids that the texts begin with, filled up to the model's length with anything.
+      prompt: ids that the texts begin with, filled up with anything to the length that texts have at most.
       prompt_length: how many of them; where the decoder has no `start` vector at least 1, the start token.
       rng: a key for each text, for sampling: what is drawn for it does not depend on the others.
       end_id: the token after which a text is finished; None where there is none, and texts are as long as can be.
@@ -70,7 +71,7 @@ def generate(
       log-probabilities of its tokens after the prompt, with beams divided by the length penalty. Padding is never
       chosen, and has no share of the probability.
     """
-    step = _Step(module, params, prompt, prompt_length, end_id)
+    step = _Step(module, params, prompt, prompt_length, end_id, strategy)
     search = step.begin(image)
     if strategy.beams == 1:
         found = _run(search, step, lambda search: _drawn(search, rng, strategy), prompt.shape[1])
@@ -96,10 +97,12 @@ class _Step(NamedTuple):
     prompt: Int[Array, "rows length"]
     prompt_length: Int[Array, " rows"]
     end_id: int | None
+    strategy: Strategy
 
     def begin(self, image: Float[Array, "rows tokens embed"]) -> _Search:
         """Texts of nothing, or of their start token alone."""
-        logits, cache = self.module.apply({"params": self.params}, image, self.prompt[:, 0], method="begin_caption")
+        first, length = self.prompt[:, 0], self.prompt.shape[1]
+        logits, cache = self.module.apply({"params": self.params}, image, first, length, method="begin_caption")
         ids = jnp.full(self.prompt.shape, self.pad_id, jnp.int32)
         first = 0 if self.module.config["decoder"]["start"] else 1
         ids = ids.at[:, :first].set(self.prompt[:, :first])
@@ -115,9 +118,12 @@ class _Step(NamedTuple):
         own = jnp.take_along_axis(log_probabilities, token[:, None], axis=1)[:, 0]
         free = ~search.finished & ~self.forced(search.place)
         finished = search.finished if self.end_id is None else search.finished | (free & (token == self.end_id))
+        if self.strategy.max_new_tokens:
+            finished = finished | (search.place + 1 >= self.prompt_length + self.strategy.max_new_tokens)
         token = jnp.where(search.finished, self.pad_id, token)
         slot = search.place + (1 if self.module.config["decoder"]["start"] else 0)
-        logits, cache = self.module.apply({"params": self.params}, token, slot, search.cache, method="continue_caption")
+        arguments = token, slot, search.cache, self.prompt.shape[1]
+        logits, cache = self.module.apply({"params": self.params}, *arguments, method="continue_caption")
         return _Search(
             search.place + 1,
             search.ids.at[:, search.place].set(token),

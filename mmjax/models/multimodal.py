@@ -57,7 +57,14 @@ def position_grid(encoder: Mapping[str, Any]) -> tuple[int, int]:
     return ((encoder["position_size"] or encoder["image_size"]) // variants.parse(encoder["variant"])[1],) * 2
 
 
-def _transformer(encoder: Mapping[str, Any], dtype: jnp.dtype, relative: Relative | None = None) -> Transformer:
+def positions_of(text: Mapping[str, Any]) -> int:
+    """How many positions a text can have."""
+    return text["positions"] or text["length"]
+
+
+def _transformer(
+    encoder: Mapping[str, Any], dtype: jnp.dtype, cross: bool = False, relative: Relative | None = None
+) -> Transformer:
     size, style = tower_size(encoder), style_of(encoder)
     return Transformer(
         size.depth,
@@ -66,6 +73,7 @@ def _transformer(encoder: Mapping[str, Any], dtype: jnp.dtype, relative: Relativ
         encoder["remat"],
         encoder["unroll"],
         dtype,
+        cross,
         style=style,
         relative=relative,
     )
@@ -107,7 +115,7 @@ class ImageEncoder(nn.Module):
         if config["embed_norm"]:
             self.embed_norm = layer_norm(None, self.dtype, style_of(config))
         self.transformer = _transformer(
-            config, self.dtype, self.relative if config["relative_position"] == "layer" else None
+            config, self.dtype, relative=self.relative if config["relative_position"] == "layer" else None
         )
         self.pool = _pool(config, self.dtype)
 
@@ -159,21 +167,26 @@ class ImageEncoder(nn.Module):
 class TextEncoder(nn.Module):
     """A text Transformer over token ids. Fields: `mmjax.config.text_encoder`.
 
-    With a key for each row (in training), `token_drop` of the tokens are left out, padding first.
+    With a key for each row (in training), `token_drop` of the tokens are left out, padding first. With `cross` its
+    layers attend to a context too, where they are given one.
     """
 
     config: Mapping[str, Any]
     dtype: jnp.dtype = jnp.float32
+    cross: bool = False
 
     def setup(self):
         config, width = self.config, tower_size(self.config).width
         style, types = style_of(config), config["token_types"]
-        self.embed = TextEmbed(config["vocab_size"], config["length"], width, self.dtype, style, types)
-        self.transformer = _transformer(config, self.dtype)
+        self.embed = TextEmbed(config["vocab_size"], positions_of(config), width, self.dtype, style, types)
+        self.transformer = _transformer(config, self.dtype, self.cross)
         self.pool = _pool(config, self.dtype)
 
     def __call__(
-        self, text: Int[Array, "batch length"], rng: Key[Array, " batch"] | None = None
+        self,
+        text: Int[Array, "batch length"],
+        rng: Key[Array, " batch"] | None = None,
+        context: Float[Array, "batch keys embed2"] | None = None,
     ) -> tuple[Float[Array, "batch tokens embed"], Bool[Array, "batch tokens"] | None]:
         """The tokens, and which of them are no padding (None: padding is part of the input)."""
         config, x = self.config, self.embed(text)
@@ -191,17 +204,17 @@ class TextEncoder(nn.Module):
         if config["causal"]:
             causal = jnp.tril(jnp.ones((1, 1, x.shape[1], x.shape[1]), bool))
             mask = causal if mask is None else mask & causal
-        return self.transformer(x, mask), valid
+        return self.transformer(x, mask, context), valid
 
-    def empty_cache(self, batch: int) -> PyTree[Array]:
-        """What `step` starts from."""
-        return self.transformer.empty_cache(batch, self.config["length"], tower_size(self.config).width)
+    def empty_cache(self, batch: int, length: int) -> PyTree[Array]:
+        """What `step` starts from, for texts of this length at most."""
+        return self.transformer.empty_cache(batch, length, tower_size(self.config).width)
 
     def step(
         self, token: Int[Array, " batch"], position: Int[Array, ""], cache: PyTree[Array]
     ) -> tuple[Float[Array, "batch 1 embed"], PyTree[Array]]:
         """The tower's token of one more id, where the tower is causal."""
-        mask = (jnp.arange(self.config["length"]) <= position)[None, None, None]
+        mask = (jnp.arange(cache["self"]["key"].shape[2]) <= position)[None, None, None]
         return self.transformer(self.embed(token[:, None], position), mask, None, cache, position)
 
 
@@ -230,7 +243,12 @@ class MultimodalModel(nn.Module):
 
     def setup(self):
         encoders = {name: encoder for name, encoder in self.config["encoders"].items() if name in self.parts}
-        self.towers = {name: ENCODERS[name](encoder, self.dtype, name=name) for name, encoder in encoders.items()}
+        self.tower_reads = "fusion" in self.parts and self.config["fusion"]["reads"] == "tower"
+        own = {"text": {"cross": self.tower_reads}}
+        self.towers = {
+            name: ENCODERS[name](encoder, self.dtype, name=name, **own.get(name, {}))
+            for name, encoder in encoders.items()
+        }
         self.projections = {
             modality: nn.Dense(
                 self.config["embed_dim"], encoder["projection_bias"], dtype=self.dtype, name=f"{modality}_projection"
@@ -247,7 +265,7 @@ class MultimodalModel(nn.Module):
             self.fusion = Fusion(config, text["vocab_size"], self.dtype, style_of(text))
         if "decoder" in self.parts:
             config = part_size(self.config["decoder"], tower_size(text)) | {"parallel": self.parallel}
-            self.decoder = Decoder(config, text["vocab_size"], text["length"], self.dtype, style_of(text))
+            self.decoder = Decoder(config, text["vocab_size"], positions_of(text), self.dtype, style_of(text))
         if "classifier" in self.parts:
             self.classifier = nn.Dense(len(self.config["classifier"]["labels"]), dtype=jnp.float32)
         if "image_tokens" in self.parts:
@@ -306,12 +324,20 @@ class MultimodalModel(nn.Module):
         return self.fusion.match(self._fuse(text, image), text.valid)
 
     def predict(
-        self, text: Text, image: Float[Array, "batch tokens embed"] | None
-    ) -> Float[Array, "batch tokens vocab"]:
-        """Logits of the token at each place."""
-        return self.fusion.predict(self._fuse(text, image), self.towers["text"].embed.table())
+        self,
+        text: Text,
+        image: Float[Array, "batch tokens embed"] | None,
+        places: Int[Array, "batch places"] | None = None,
+    ) -> Float[Array, "batch places vocab"]:
+        """Logits of the token at each place, or at these."""
+        fused = self._fuse(text, image)
+        if places is not None:
+            fused = jnp.take_along_axis(fused, places[..., None], axis=1)
+        return self.fusion.predict(fused, self.towers["text"].embed.table())
 
     def _fuse(self, text: Text, image: Array | None) -> Array:
+        if self.tower_reads:
+            return self.towers["text"](text.ids, context=image)[0]
         if self.config["fusion"]["reads"] == "embedding":
             return self.fusion(self.towers["text"].embed(text.ids), text.valid, image)
         return self.fusion(text.tokens, text.valid, image)
@@ -327,26 +353,31 @@ class MultimodalModel(nn.Module):
         return self.decoder(text.ids if reads_ids else text.tokens, image, parallel)
 
     def begin_caption(
-        self, image: Float[Array, "batch tokens embed"], first: Int[Array, " batch"]
+        self, image: Float[Array, "batch tokens embed"], first: Int[Array, " batch"], length: int = 0
     ) -> tuple[Float[Array, "batch vocab"], PyTree[Array]]:
-        """Logits of the first token, or of the second where texts begin with the start token `first`; and the cache."""
+        """Logits of the first token, or of the second where texts begin with the start token `first`; and the cache,
+        for texts of this length at most: see `Decoder.begin`.
+        """
         cache = {}
         if self.config["decoder"]["reads"] == "text":
-            cache["text"] = self.towers["text"].empty_cache(image.shape[0])
+            longest = positions_of(self.config["encoders"]["text"])
+            cache["text"] = self.towers["text"].empty_cache(image.shape[0], length or longest)
             if not self.config["decoder"]["start"]:
                 first, cache["text"] = self.towers["text"].step(first, jnp.zeros((), jnp.int32), cache["text"])
-        logits, cache["decoder"] = self.decoder.begin(image, first)
+        logits, cache["decoder"] = self.decoder.begin(image, first, length)
         return logits, cache
 
     def continue_caption(
-        self, ids: Int[Array, " batch"], slot: Int[Array, ""], cache: PyTree[Array]
+        self, ids: Int[Array, " batch"], slot: Int[Array, ""], cache: PyTree[Array], length: int = 0
     ) -> tuple[Float[Array, "batch vocab"], PyTree[Array]]:
-        """Logits of the token after `ids`, which stand in this slot (from 1 on: see `Decoder`); and the cache."""
+        """Logits of the token after `ids`, which stand in this slot (from 1 on: see `Decoder`); and the cache, which
+        began with this length.
+        """
         token, cache = ids, dict(cache)
         if "text" in cache:
             position = slot - 1 if self.config["decoder"]["start"] else slot
             token, cache["text"] = self.towers["text"].step(ids, position, cache["text"])
-        logits, cache["decoder"] = self.decoder.step(token, slot, cache["decoder"])
+        logits, cache["decoder"] = self.decoder.step(token, slot, cache["decoder"], length)
         return logits, cache
 
     def __call__(self, batch: Mapping[str, Array]) -> dict[str, Any]:

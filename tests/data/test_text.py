@@ -320,6 +320,19 @@ def test_bert_settings_reach_the_normalizer(golden_paths, tmp_path):
     assert (cased[0] != cased[1]).any()
 
 
+def test_padding_to_a_fixed_length_is_no_end_of_a_text(golden_paths, tmp_path):
+    """As tokenizers of sentence-transformers are saved."""
+    files = {path.name: path.read_bytes() for path in golden_paths["bert"].iterdir()}
+    parts = json.loads(files["tokenizer.json"])
+    parts["padding"] = {"strategy": {"Fixed": 6}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0}
+    parts["padding"] |= {"pad_type_id": 0, "pad_token": "[PAD]"}
+    parts["truncation"] = {"max_length": 6, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}
+    files["tokenizer.json"] = json.dumps(parts).encode()
+    sentence = " ".join(SENTENCES[:2])
+    found = text.load(write(files, tmp_path)).encode([sentence], 20)
+    np.testing.assert_array_equal(found, text.load(golden_paths["bert"]).encode([sentence], 20))
+
+
 def test_a_padding_token_that_only_the_settings_name_is_added(trained, tmp_path):
     files = {"tokenizer.json": trained.read_bytes(), "special_tokens_map.json": b'{"pad_token": "[MY PAD]"}'}
     tokenizer = text.load(write(files, tmp_path))

@@ -31,6 +31,7 @@ def write(folder, family, settings, **files):
     tensors = {name: filled(name, shape) for name, shape in table.expected(own.table(config), shapes).items()}
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in {own.settings: settings, **contents}.items():
+        (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(json.dumps(content))
     store.save_tensors(folder / own.weights, tensors)
     return folder

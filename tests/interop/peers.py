@@ -59,3 +59,12 @@ def there_and_back(reference, tmp_path, prepare=lambda folder: None):
     pretrained.save(exported, model.config, model.params, model.tokenizer)
     folders.assert_same_tensors(source, exported)
     return model, exported
+
+
+def applied(model, method, *arguments):
+    """What a method of our Flax module returns."""
+    import jax
+
+    params = jax.device_get(model.params)
+    with jax.set_mesh(make_mesh(devices=jax.devices()[:1])):
+        return jax.tree.map(np.asarray, model.module.apply({"params": params}, *arguments, method=method))
