@@ -7,7 +7,7 @@ from flax.core import FrozenDict
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
-from mmjax.models.multimodal import MultimodalModel
+from mmjax.models.multimodal import MultimodalModel, audio_samples
 from mmjax.objectives import parts_of
 
 
@@ -35,4 +35,6 @@ def init_params(config: ConfigDict, module: MultimodalModel) -> PyTree:
         batch["image"] = jnp.zeros((rows, size, size, 3), jnp.uint8)
     if "text" in encoders:
         batch["text"] = jnp.ones((rows, encoders.text.length), jnp.int32)
+    if "audio" in encoders:
+        batch["audio"] = jnp.zeros((rows, audio_samples(encoders.audio)), jnp.float32)
     return module.init(jax.random.key(config.seed), batch)["params"]

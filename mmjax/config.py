@@ -47,6 +47,7 @@ def default() -> ConfigDict:
                 "logit_bias": -10.0,
                 "fusion": {},
                 "decoder": {},
+                "speech": {},
                 "parts": (),
             },
             "objectives": {},
@@ -155,6 +156,15 @@ def text_encoder(**fields) -> ConfigDict:
     return _encoder(**own | fields)
 
 
+def audio_encoder(**fields) -> ConfigDict:
+    """A Transformer over the log-mel spectrogram of `seconds` of sound, `sample_rate` samples in each.
+
+    A frame of the spectrogram is made of `fft` samples, the next begins `hop` samples later; `mels` is its height.
+    """
+    own = {"sample_rate": 16_000, "seconds": 30, "fft": 400, "hop": 160, "mels": 80, "pooling": "mean"}
+    return _encoder(**own | fields)
+
+
 _PART = {"width": 0, "mlp_dim": 0, "heads": 0, "remat": "none", "unroll": 1}
 
 
@@ -164,17 +174,42 @@ def fusion(**fields) -> ConfigDict:
 
 
 def decoder(**fields) -> ConfigDict:
-    """A causal text decoder that reads the image, for captioning. Sizes of 0 are those of the text tower."""
+    """A causal text decoder that reads the image, for captioning, or the tokens of another `modality`, such as speech.
+
+    Sizes of 0 are those of the text tower.
+    """
     own = {
         "depth": 6,
+        "modality": "image",
         "reads": "embedding",
         "image": "cross",
         "image_queries": 0,
         "start": True,
         "tied": False,
         "transform": False,
+        "head_bias": True,
     }
     return ConfigDict(_PART | own | fields)
+
+
+def speech(**fields) -> ConfigDict:
+    """How a decoder that reads speech is asked for a text: ids of tokens, -1 and () for none.
+
+    A text begins with `start_id`; the language's id and that of the task, where the model knows several `languages` (by
+    their codes, "en" say, in step with `language_ids`); and `prompt`. `suppress` and `suppress_first` are those of
+    `mmjax.models.generate.Strategy`.
+    """
+    own = {
+        "start_id": -1,
+        "languages": (),
+        "language_ids": (),
+        "transcribe_id": -1,
+        "translate_id": -1,
+        "prompt": (),
+        "suppress": (),
+        "suppress_first": (),
+    }
+    return ConfigDict(own | fields)
 
 
 def objective(**fields) -> ConfigDict:
@@ -331,7 +366,7 @@ def few_shot(**fields) -> ConfigDict:
     return _labelled(**{"kind": "few_shot", "shots": (1, 5, 10, 25), "seeds": 3, "l2": 1024.0} | fields)
 
 
-ENCODERS = {"image": image_encoder, "text": text_encoder}
+ENCODERS = {"image": image_encoder, "text": text_encoder, "audio": audio_encoder}
 PARTS = {"fusion": fusion, "decoder": decoder}
 LABELLED = {"linear_probe": linear_probe, "knn": knn, "few_shot": few_shot}
 EVALUATORS = {

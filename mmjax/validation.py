@@ -18,6 +18,7 @@ from mmjax.config import (
     default,
     init_from,
     objective,
+    speech,
     stream,
     suggest,
 )
@@ -25,9 +26,10 @@ from mmjax.errors import UserError
 
 SCHEDULES = ("cosine", "linear", "rsqrt", "constant")
 # What tuples hold.
-_NAMES = dict.fromkeys(("captions", "allow", "inputs", "modalities", "objectives", "parts"), str)
+_NAMES = dict.fromkeys(("captions", "allow", "inputs", "languages", "modalities", "objectives", "parts"), str)
 _ELEMENTS = _NAMES | {"caption_weights": (int, float), "color_jitter": (int, float), "shots": int}
 _ELEMENTS |= {"mean": (int, float), "std": (int, float)}
+_ELEMENTS |= dict.fromkeys(("language_ids", "prompt", "suppress", "suppress_first"), int)
 _ELEMENTS_NAMED = {key: "names" if kind is str else "numbers" for key, kind in _ELEMENTS.items()}
 OPTIMIZERS = ("adamw", "adafactor", "lion", "muon")
 # Of evaluators' options.
@@ -59,6 +61,8 @@ def _check_structure(config: ConfigDict) -> None:
     for part, make in PARTS.items():
         if config.model.get(part):
             template.model[part] = make()
+    if config.model.get("speech"):
+        template.model.speech = speech()
     template.evaluators = config.evaluators  # see check_evaluators
     template.init_from = {name: init_from() for name in config.init_from}
     for name, entry in config.objectives.items():
@@ -161,6 +165,11 @@ def _check_model(config: ConfigDict) -> None:
                 raise UserError(f"config.{key}.mean, .std: three numbers each, one a channel; deviations are positive")
             if encoder.pooling == "eos":
                 raise UserError(f"config.{key}.pooling: an image has no end token; choose another one than eos")
+        elif name == "audio":
+            for field in ("sample_rate", "seconds", "fft", "hop", "mels"):
+                _at_least(config, f"{key}.{field}", 1)
+            if encoder.pooling == "eos":
+                raise UserError(f"config.{key}.pooling: a recording has no end token; choose another one than eos")
         elif encoder.length < 2:
             raise UserError(f"config.{key}.length: {encoder.length} is too short for a token and its end")
         elif encoder.token_drop and encoder.pooling == "eos":
@@ -195,6 +204,8 @@ def _check_part(config: ConfigDict, name: str) -> None:
         raise UserError(f"config.model.decoder.image_queries: {part['image_queries']} is less than 0")
     if part["reads"] == "text" and not text.causal:
         raise UserError("config.model.decoder.reads: the text tower's tokens see the future: set encoders.text.causal")
+    if part["modality"] != "image":
+        raise UserError(f"config.model.decoder.modality: no objective trains a decoder that reads {part['modality']}")
     if part["tied"] and part["reads"] == "text":
         raise UserError("config.model.decoder.tied: only an embedding of its own can be tied (reads=embedding)")
 
