@@ -4,12 +4,12 @@ from typing import Any
 
 from mmjax.config import suggest
 from mmjax.errors import UserError
-from mmjax.interop import clip
+from mmjax.interop import clip, whisper
 from mmjax.interop.family import Family
 from mmjax.interop.store import Folder
 
 # A new family is a file here and a line below. The name is the `model_type` of its config.json.
-FAMILIES: dict[str, Family] = {family.name: family for family in (clip.FAMILY,)}
+FAMILIES: dict[str, Family] = {family.name: family for family in (clip.FAMILY, whisper.FAMILY)}
 # What is read of a folder beside its settings.
 FILES = (
     "preprocessor_config.json",
