@@ -25,6 +25,7 @@ PACKAGES = {
     "torch": "torch",
     "torchvision": "torchvision",
     "open_clip": "open_clip_torch",
+    "transformers": "transformers",
     "tensorflow": "tensorflow",
 }
 

@@ -13,16 +13,16 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Bool, Float, Int, PyTree
 from ml_collections import ConfigDict
 
-from mmjax import language
+from mmjax import language, speech
 from mmjax.building import init_params, make_module
-from mmjax.config import completed, from_plain, suggest
+from mmjax.config import completed, from_plain
 from mmjax.data import image as image_ops
 from mmjax.data import text as tokenizers
 from mmjax.data.image_reader import Reader
 from mmjax.errors import UserError
 from mmjax.interop import pretrained
 from mmjax.models.flops import patch_count
-from mmjax.models.generate import Strategy, generate
+from mmjax.models.generate import Strategy, generate, make_strategy
 from mmjax.models.multimodal import Text, positions_of, tower_size
 from mmjax.objectives.captioning import labels_of
 from mmjax.quantization import check_weights, quantized
@@ -245,7 +245,7 @@ class Model:
           seed: of sampling.
           strategy: fields of `mmjax.models.generate.Strategy`: `beams` and `length_penalty`, or `temperature`, `top_k`
             and `top_p`; greedy by default. `max_new_tokens` is how many follow the prompt at most, the end token too;
-            0 is the model's own choice.
+            0 is the model's own choice. `suppress` and `suppress_first` go with all of them.
 
         Raises:
           UserError: the model was not trained to caption, an option is unknown or has no effect, the prompts are not as
@@ -264,7 +264,8 @@ class Model:
     ) -> list[str]:
         """`caption` for `count` images; the loader gives pixels, as in `encode_rows`."""
         self.needs("decoder", "caption images")
-        chosen = _strategy(strategy)
+        self.needs("image", "read images")
+        chosen = make_strategy(strategy, self.config.model.encoders.text.vocab_size)
         chosen = chosen._replace(max_new_tokens=chosen.max_new_tokens or self.config.model.decoder.max_new_tokens)
         if prompts is not None and len(prompts) != count:
             raise UserError(f"{count} images and {len(prompts)} prompts: give one for each, or none")
@@ -274,6 +275,45 @@ class Model:
         run = partial(self._caption, seed=seed, strategy=chosen)
         found = self.batches(run, count, loaders, batch_size)
         return [self.tokenizer.decode(row) for ids, _ in found for row in ids]
+
+    def encode_audio(self, audios: Sequence[Any]) -> Embeddings:
+        """Encodes recordings: see `transcribe`. What exceeds the model's length is cut off.
+
+        Raises:
+          UserError: the model's recordings share no space with images or texts; otherwise as `transcribe`.
+        """
+        self.needs("audio", "read recordings")
+        if not {"image", "text"} & set(self.module.parts):
+            raise UserError("this model embeds no recordings: it has no tower to compare them with")
+        load = speech.loader(self.config.model.encoders.audio, audios)
+        return self.encode_rows("audio", len(audios), load, speech.BATCH_SIZE)
+
+    def transcribe(
+        self,
+        audios: Sequence[Any],
+        language: str | None = None,
+        task: str = "transcribe",
+        batch_size: int = speech.BATCH_SIZE,
+        seed: int = 0,
+        **strategy: Any,
+    ) -> list[str]:
+        """What is said in recordings, as text.
+
+        A recording is cut into windows of the model's length (30 seconds), which are transcribed each on its own,
+        without timestamps: a word that a cut divides can get lost.
+
+        Args:
+          audios: file paths, float arrays [samples] within -1..1 at the model's rate, or pairs (array, rate).
+          language: its code, "en" say. None: the likeliest by each recording's first window.
+          task: "transcribe", or "translate" into English.
+          batch_size: of windows.
+          seed, strategy: as in `caption`.
+
+        Raises:
+          UserError: the model does not read speech, or knows no such language or task; a file is missing or is no
+            recording, or an array has another shape or type; otherwise as `caption`.
+        """
+        return speech.transcribe(self, audios, language, task, batch_size, seed, strategy)
 
     def caption_likelihood_rows(
         self,
@@ -564,19 +604,3 @@ def _run_and_step(path: str | Path) -> tuple[Path, int | None]:
 def _power_of_two(least: int) -> int:
     """The smallest power of two that is no smaller."""
     return 1 << max(0, int(least) - 1).bit_length()
-
-
-def _strategy(options: dict[str, Any]) -> Strategy:
-    unknown = set(options) - set(Strategy._fields)
-    if unknown:
-        raise UserError(f"unknown option {min(unknown)}; {suggest(min(unknown), Strategy._fields)}")
-    chosen = Strategy(**options)
-    if chosen.max_new_tokens < 0:
-        raise UserError(f"max_new_tokens: {chosen.max_new_tokens} is less than 0")
-    if chosen.beams < 1 or chosen.temperature < 0 or chosen.top_k < 0 or not 0 < chosen.top_p <= 1:
-        raise UserError(f"{chosen}: beams is at least 1, temperature and top_k are not negative, top_p is in (0, 1]")
-    if chosen.beams > 1 and chosen.temperature:
-        raise UserError("a search with beams draws nothing: leave out beams or temperature")
-    if not chosen.temperature and (chosen.top_k or chosen.top_p < 1):
-        raise UserError("top_k and top_p say what is drawn, and temperature 0 draws nothing: set it to 1, say")
-    return chosen

@@ -8,7 +8,7 @@ from jaxtyping import Array, PyTree
 from ml_collections import ConfigDict
 
 from mmjax.models import variants
-from mmjax.models.multimodal import MultimodalModel
+from mmjax.models.multimodal import MultimodalModel, audio_samples
 from mmjax.objectives import parts_of
 
 
@@ -35,6 +35,8 @@ def init_params(config: ConfigDict, module: MultimodalModel) -> PyTree:
         batch["image"] = _blank(encoders.image, rows)
     if "text" in encoders:
         batch["text"] = jnp.ones((rows, encoders.text.length), jnp.int32)
+    if "audio" in encoders:
+        batch["audio"] = jnp.zeros((rows, audio_samples(encoders.audio)), jnp.float32)
     return module.init(jax.random.key(config.seed), batch)["params"]
 
 

@@ -50,6 +50,7 @@ def default() -> ConfigDict:
                 "decoder": {},
                 "classifier": {},
                 "image_tokens": {},
+                "speech": {},
                 "parts": (),
             },
             "objectives": {},
@@ -170,6 +171,15 @@ def text_encoder(**fields) -> ConfigDict:
     return _encoder(**own | fields)
 
 
+def audio_encoder(**fields) -> ConfigDict:
+    """A Transformer over the log-mel spectrogram of `seconds` of sound, `sample_rate` samples in each.
+
+    A frame of the spectrogram is made of `fft` samples, the next begins `hop` samples later; `mels` is its height.
+    """
+    own = {"sample_rate": 16_000, "seconds": 30, "fft": 400, "hop": 160, "mels": 80, "pooling": "mean"}
+    return _encoder(**own | fields)
+
+
 _PART = {"width": 0, "mlp_dim": 0, "heads": 0, "remat": "none", "unroll": 1}
 
 
@@ -182,13 +192,14 @@ def fusion(**fields) -> ConfigDict:
 
 
 def decoder(**fields) -> ConfigDict:
-    """A causal text decoder that reads the image, for captioning. Sizes of 0 are those of the text tower.
+    """A causal text decoder that reads the image, for captioning, or the tokens of another `modality`, such as speech.
 
-    `start_id` is a token that is read in place of the first of a text, -1 for none. `max_new_tokens` is how many tokens
-    it writes at most, unless it is told: 0 for as many as texts can have.
+    Sizes of 0 are those of the text tower. `start_id` is a token that is read in place of the first of a text, -1 for
+    none. `max_new_tokens` is how many tokens it writes at most, unless it is told: 0 for as many as texts can have.
     """
     own = {
         "depth": 6,
+        "modality": "image",
         "reads": "embedding",
         "image": "cross",
         "image_queries": 0,
@@ -197,6 +208,7 @@ def decoder(**fields) -> ConfigDict:
         "max_new_tokens": 0,
         "tied": False,
         "transform": False,
+        "head_bias": True,
     }
     return ConfigDict(_PART | own | fields)
 
@@ -209,6 +221,26 @@ def classifier(**fields) -> ConfigDict:
 def image_tokens(**fields) -> ConfigDict:
     """A linear layer from each patch to a vocabulary of visual tokens."""
     return ConfigDict({"vocab_size": 8192} | fields)
+
+
+def speech(**fields) -> ConfigDict:
+    """How a decoder that reads speech is asked for a text: ids of tokens, -1 and () for none.
+
+    A text begins with `start_id`; the language's id and that of the task, where the model knows several `languages` (by
+    their codes, "en" say, in step with `language_ids`); and `prompt`. `suppress` and `suppress_first` are those of
+    `mmjax.models.generate.Strategy`.
+    """
+    own = {
+        "start_id": -1,
+        "languages": (),
+        "language_ids": (),
+        "transcribe_id": -1,
+        "translate_id": -1,
+        "prompt": (),
+        "suppress": (),
+        "suppress_first": (),
+    }
+    return ConfigDict(own | fields)
 
 
 def objective(**fields) -> ConfigDict:
@@ -365,7 +397,7 @@ def few_shot(**fields) -> ConfigDict:
     return _labelled(**{"kind": "few_shot", "shots": (1, 5, 10, 25), "seeds": 3, "l2": 1024.0} | fields)
 
 
-ENCODERS = {"image": image_encoder, "text": text_encoder}
+ENCODERS = {"image": image_encoder, "text": text_encoder, "audio": audio_encoder}
 PARTS = {"fusion": fusion, "decoder": decoder}
 HEADS = {
     "classifier": classifier,

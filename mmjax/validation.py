@@ -19,6 +19,7 @@ from mmjax.config import (
     default,
     init_from,
     objective,
+    speech,
     stream,
     suggest,
 )
@@ -26,9 +27,10 @@ from mmjax.errors import UserError
 
 SCHEDULES = ("cosine", "linear", "rsqrt", "constant")
 # What tuples hold.
-_NAMES = dict.fromkeys(("captions", "allow", "inputs", "labels", "modalities", "objectives", "parts"), str)
-_ELEMENTS = _NAMES | {"caption_weights": (int, float), "color_jitter": (int, float), "shots": int}
+_NAMES = ("captions", "allow", "inputs", "labels", "languages", "modalities", "objectives", "parts")
+_ELEMENTS = dict.fromkeys(_NAMES, str) | {"caption_weights": (int, float), "color_jitter": (int, float), "shots": int}
 _ELEMENTS |= {"mean": (int, float), "std": (int, float)}
+_ELEMENTS |= dict.fromkeys(("language_ids", "prompt", "suppress", "suppress_first"), int)
 _ELEMENTS_NAMED = {key: "names" if kind is str else "numbers" for key, kind in _ELEMENTS.items()}
 OPTIMIZERS = ("adamw", "adafactor", "lion", "muon")
 # Of evaluators' options.
@@ -60,6 +62,8 @@ def _check_structure(config: ConfigDict) -> None:
     for part, make in (PARTS | HEADS).items():
         if config.model.get(part):
             template.model[part] = make()
+    if config.model.get("speech"):
+        template.model.speech = speech()
     template.evaluators = config.evaluators  # see check_evaluators
     template.init_from = {name: init_from() for name in config.init_from}
     for name, entry in config.objectives.items():
@@ -159,6 +163,11 @@ def _check_model(config: ConfigDict) -> None:
             raise UserError(f"config.{key}.token_drop: {encoder.token_drop} is not in [0, 1)")
         if name == "image":
             _check_image_encoder(encoder, size, patch, key)
+        elif name == "audio":
+            for field in ("sample_rate", "seconds", "fft", "hop", "mels"):
+                _at_least(config, f"{key}.{field}", 1)
+            if encoder.pooling == "eos":
+                raise UserError(f"config.{key}.pooling: a recording has no end token; choose another one than eos")
         elif encoder.length < 2:
             raise UserError(f"config.{key}.length: {encoder.length} is too short for a token and its end")
         elif encoder.positions and encoder.positions < encoder.length:
@@ -248,6 +257,8 @@ def _check_part(config: ConfigDict, name: str) -> None:
         raise UserError(f"config.model.decoder.start_id: {part['start_id']} is no id of the vocabulary")
     if part["max_new_tokens"] < 0:
         raise UserError(f"config.model.decoder.max_new_tokens: {part['max_new_tokens']} is less than 0")
+    if part["modality"] != "image":
+        raise UserError(f"config.model.decoder.modality: no objective trains a decoder that reads {part['modality']}")
     if part["tied"] and part["reads"] == "text":
         raise UserError("config.model.decoder.tied: only an embedding of its own can be tied (reads=embedding)")
 

@@ -36,6 +36,10 @@ def mix(config, **weights):
     config.streams.train.mixture = {name: configs.component(weight=weight) for name, weight in weights.items()}
 
 
+def add_audio(config, **fields):
+    config.model.encoders.audio = configs.audio_encoder(**{"projection": True} | fields)
+
+
 MISTAKES = [
     (lambda c: c.optimizer.__setattr__("name", "adam"), 'config.optimizer.name: unknown "adam"; did you mean "adamw"?'),
     (lambda c: c.model.encoders.image.__setattr__("image_size", 30), "patch 14 does not divide 30 pixels"),
@@ -73,6 +77,17 @@ MISTAKES = [
     (lambda c: c.objectives.contrastive.__setattr__("kind", "sigmod"), 'did you mean "sigmoid"?'),
     (lambda c: c.objectives.contrastive.__setattr__("chunk", -1), "config.objectives.contrastive.chunk: -1 is less"),
     (lambda c: c.model.encoders.image.__setattr__("token_drop", 1.0), "image.token_drop: 1.0 is not in [0, 1)"),
+    (lambda c: add_audio(c, hop=0), "model.encoders.audio.hop: 0 is less than 1"),
+    (lambda c: add_audio(c, pooling="eos"), "model.encoders.audio.pooling: a recording has no end token"),
+    (lambda c: add_audio(c, mel=80), 'unknown key config.model.encoders.audio.mel; did you mean "mels"?'),
+    (
+        lambda c: c.model.__setattr__("decoder", configs.decoder(modality="audio")),
+        "model.decoder.modality: no objective trains a decoder that reads audio",
+    ),
+    (
+        lambda c: c.model.__setattr__("speech", configs.speech(suppress=("a",))),
+        "model.speech.suppress: ('a',) holds something else than numbers",
+    ),
 ]
 
 

@@ -100,8 +100,9 @@ class _Rows:
             left = left[len(self.layout.before) :]
         if self.layout.after and self.layout.after[0] in left:
             left = left[: left.index(self.layout.after[0])]
-        while left and left[-1] == self.pad_id:
-            left.pop()
+        else:  # padding comes after the end; before it, the same id can be a token of the text
+            while left and left[-1] == self.pad_id:
+                left.pop()
         return self._text(left)
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from mmjax.config import suggest
 from mmjax.errors import UserError
-from mmjax.interop import beit, bert, blip, clip, dinov2, siglip, vit
+from mmjax.interop import beit, bert, blip, clip, dinov2, siglip, vit, whisper
 from mmjax.interop.family import Family
 from mmjax.interop.store import Folder
 
@@ -19,6 +19,7 @@ FAMILIES: dict[str, Family] = {
         dinov2.FAMILY,
         blip.FAMILY,
         bert.FAMILY,
+        whisper.FAMILY,
     )
 }
 # What is read of a folder beside its settings, and what each holds.

@@ -75,7 +75,7 @@ class Decoder(nn.Module):
             config["image"] == "cross",
             self.style,
         )
-        self.token_head = TokenHead(self.vocab_size, config["transform"], self.dtype, self.style)
+        self.token_head = TokenHead(self.vocab_size, config["transform"], self.dtype, self.style, config["head_bias"])
 
     def __call__(
         self,

@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from mmjax.models import variants
-from mmjax.models.multimodal import has_class_token, part_size, tower_size
+from mmjax.models.multimodal import audio_samples, audio_tokens, has_class_token, part_size, tower_size
 from mmjax.models.token_drop import kept_tokens
 
 
@@ -19,6 +19,10 @@ def tower_flops(encoder: Mapping[str, Any], training: bool = False) -> int:
         kept = kept_tokens(patches, encoder["token_drop"]) if training else patches
         tokens = kept + has_class_token(encoder)
         embed = patches * patch**2 * 3 * size.width
+    elif "sample_rate" in encoder:
+        read, frames = audio_tokens(encoder), audio_samples(encoder) // encoder["hop"]
+        tokens = kept_tokens(read, encoder["token_drop"]) if training else read
+        embed = 3 * size.width * (frames * encoder["mels"] + read * size.width)  # the spectrogram is left out
     else:
         tokens, embed = encoder["length"], 0
     projections = tokens * (4 * size.width**2 + (3 if encoder["gated"] else 2) * size.width * size.mlp_dim)
@@ -37,8 +41,10 @@ def part_flops(model: Mapping[str, Any], name: str) -> int:
     encoders, text = model["encoders"], tower_size(model["encoders"]["text"])
     part = part_size(model[name], text)
     width, length = part["width"], encoders["text"]["length"]
-    seen = part.get("image_queries") or patch_count(encoders["image"])
-    image_width = tower_size(encoders["image"]).width
+    modality = part.get("modality", "image")
+    tokens = audio_tokens if modality == "audio" else patch_count
+    seen = part.get("image_queries") or tokens(encoders[modality])
+    image_width = tower_size(encoders[modality]).width
     if part.get("image") == "prefix":
         length, seen = length + seen, 0
     own = length * (4 * width**2 + 2 * width * part["mlp_dim"]) + 2 * length**2 * width

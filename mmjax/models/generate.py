@@ -1,12 +1,14 @@
 """Texts from images, token by token: greedy, sampled, or by beam search."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
+from mmjax.config import suggest
+from mmjax.errors import UserError
 from mmjax.models.multimodal import MultimodalModel
 
 Texts = tuple[Int[Array, "batch length"], Float[Array, " batch"]]
@@ -20,6 +22,9 @@ class Strategy(NamedTuple):
     Case of Neural Text Degeneration", Holtzman et al. 2020, section 3.1). More beams search for the likeliest text;
     sums of log-probabilities are divided by ((5 + tokens) / 6)^length_penalty ("Google's Neural Machine Translation
     System", Wu et al. 2016, eq. 14). A text ends after `max_new_tokens` that follow its prompt, where that is not 0.
+
+    `suppress` are ids that are never chosen, `suppress_first` those that a text does not begin with, after its prompt;
+    like padding they have no share of the probability.
     """
 
     beams: int = 1
@@ -28,9 +33,36 @@ class Strategy(NamedTuple):
     top_k: int = 0
     top_p: float = 1.0
     max_new_tokens: int = 0
+    suppress: tuple[int, ...] = ()
+    suppress_first: tuple[int, ...] = ()
 
 
 GREEDY = Strategy()
+
+
+def make_strategy(options: Mapping[str, Any], vocab_size: int) -> Strategy:
+    """The strategy with these fields.
+
+    Raises:
+      UserError: one is unknown, has a value that cannot be, or has no effect.
+    """
+    unknown = set(options) - set(Strategy._fields)
+    if unknown:
+        raise UserError(f"unknown option {min(unknown)}; {suggest(min(unknown), Strategy._fields)}")
+    chosen = Strategy(**options)
+    if chosen.max_new_tokens < 0:
+        raise UserError(f"max_new_tokens: {chosen.max_new_tokens} is less than 0")
+    if chosen.beams < 1 or chosen.temperature < 0 or chosen.top_k < 0 or not 0 < chosen.top_p <= 1:
+        raise UserError(f"{chosen}: beams is at least 1, temperature and top_k are not negative, top_p is in (0, 1]")
+    if chosen.beams > 1 and chosen.temperature:
+        raise UserError("a search with beams draws nothing: leave out beams or temperature")
+    if not chosen.temperature and (chosen.top_k or chosen.top_p < 1):
+        raise UserError("top_k and top_p say what is drawn, and temperature 0 draws nothing: set it to 1, say")
+    ids = {name: tuple(map(int, getattr(chosen, name))) for name in ("suppress", "suppress_first")}
+    for name, given in ids.items():
+        if given and not 0 <= min(given) <= max(given) < vocab_size:
+            raise UserError(f"{name}: ids of tokens are from 0 to {vocab_size - 1}")
+    return chosen._replace(**ids)
 
 
 class _Search(NamedTuple):
@@ -107,7 +139,8 @@ class _Step(NamedTuple):
         first = 0 if self.module.config["decoder"]["start"] else 1
         ids = ids.at[:, :first].set(self.prompt[:, :first])
         none = jnp.zeros(len(ids), jnp.int32)
-        return _Search(jnp.int32(first), ids, self._possible(logits), cache, none > 0, none.astype(jnp.float32), none)
+        possible = self._possible(logits, jnp.int32(first))
+        return _Search(jnp.int32(first), ids, possible, cache, none > 0, none.astype(jnp.float32), none)
 
     def forced(self, place: Int[Array, ""]) -> Bool[Array, " rows"]:
         """Which texts are still in their prompt."""
@@ -127,7 +160,7 @@ class _Step(NamedTuple):
         return _Search(
             search.place + 1,
             search.ids.at[:, search.place].set(token),
-            self._possible(logits),
+            self._possible(logits, search.place + 1),
             cache,
             finished,
             search.score + jnp.where(free, own, 0.0),
@@ -145,9 +178,16 @@ class _Step(NamedTuple):
         """The id of padding."""
         return self.module.config["encoders"]["text"]["pad_id"]
 
-    def _possible(self, logits: Float[Array, "rows vocab"]) -> Float[Array, "rows vocab"]:
-        """Without padding, which training never asks for; unless it is the end token too."""
-        return logits if self.pad_id == self.end_id else logits.at[:, self.pad_id].set(-jnp.inf)
+    def _possible(self, logits: Float[Array, "rows vocab"], place: Int[Array, ""]) -> Float[Array, "rows vocab"]:
+        """Without padding, which training never asks for, unless it is the end token too; and without what the strategy
+        suppresses at this place.
+        """
+        never = (*self.strategy.suppress, *(() if self.pad_id == self.end_id else (self.pad_id,)))
+        logits = logits.at[:, never].set(-jnp.inf) if never else logits
+        if not self.strategy.suppress_first:
+            return logits
+        first = (place == self.prompt_length)[:, None]
+        return jnp.where(first, logits.at[:, self.strategy.suppress_first].set(-jnp.inf), logits)
 
 
 def _run(search: _Search, step: _Step, choose: Callable[[_Search], Array], length: int) -> _Search:

@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree, UInt8
 
 from mmjax.errors import UserError
 from mmjax.models import variants
+from mmjax.models.audio import AudioEmbed
 from mmjax.models.decoder import Decoder
 from mmjax.models.fusion import Fusion
 from mmjax.models.patch import PatchEmbed, normalize
@@ -27,7 +28,7 @@ from mmjax.models.transformer import Style, Transformer, layer_norm
 from mmjax.sharding.rules import constrain
 
 # What a model can be built of.
-PARTS = ("image", "text", "fusion", "matching", "masked", "decoder", "classifier", "image_tokens")
+PARTS = ("image", "text", "audio", "fusion", "matching", "masked", "decoder", "classifier", "image_tokens")
 CLASSIFIER_READS = ("pooled", "class_and_mean")
 
 
@@ -35,6 +36,16 @@ def tower_size(encoder: Mapping[str, Any]) -> variants.Size:
     """The dimensions of a tower: those of its variant, where the config does not set its own."""
     named = variants.parse(encoder["variant"])[0]
     return variants.Size(*(encoder[name] or getattr(named, name) for name in variants.Size._fields))
+
+
+def audio_samples(encoder: Mapping[str, Any]) -> int:
+    """How many samples an audio tower reads at a time."""
+    return encoder["sample_rate"] * encoder["seconds"]
+
+
+def audio_tokens(encoder: Mapping[str, Any]) -> int:
+    """How many tokens an audio tower makes of them."""
+    return -(-(audio_samples(encoder) // encoder["hop"]) // 2)
 
 
 def part_size(part: Mapping[str, Any], text: variants.Size) -> dict[str, Any]:
@@ -218,7 +229,33 @@ class TextEncoder(nn.Module):
         return self.transformer(self.embed(token[:, None], position), mask, None, cache, position)
 
 
-ENCODERS = {"image": ImageEncoder, "text": TextEncoder}
+class AudioEncoder(nn.Module):
+    """A Transformer over a recording (Radford et al. 2023, section 2.2). Fields: `mmjax.config.audio_encoder`.
+
+    With a key for each row (in training), `token_drop` of the tokens are left out.
+    """
+
+    config: Mapping[str, Any]
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self):
+        config, width = self.config, tower_size(self.config).width
+        signal = (config[name] for name in ("sample_rate", "fft", "hop", "mels"))
+        self.embed = AudioEmbed(*signal, audio_tokens(config), width, self.dtype)
+        self.transformer = _transformer(config, self.dtype)
+        self.pool = _pool(config, self.dtype)
+
+    def __call__(
+        self, audio: Float[Array, "batch samples"], rng: Key[Array, " batch"] | None = None
+    ) -> tuple[Float[Array, "batch tokens embed"], None]:
+        """The tokens, and None: all of them are valid, those of silence at the end too."""
+        x = self.embed(audio)
+        if rng is not None and self.config["token_drop"]:
+            x = drop_tokens(x, rng, self.config["token_drop"])
+        return self.transformer(x), None
+
+
+ENCODERS = {"image": ImageEncoder, "text": TextEncoder, "audio": AudioEncoder}
 
 
 class Text(NamedTuple):
@@ -390,7 +427,8 @@ class MultimodalModel(nn.Module):
         if "masked" in self.parts:
             self.predict(text, image)
         if "decoder" in self.parts:
-            self.caption(text, image, jnp.zeros(len(text.ids), bool) if self.parallel else None)
+            context = out[self.config["decoder"]["modality"]]["tokens"]
+            self.caption(text, context, jnp.zeros(len(text.ids), bool) if self.parallel else None)
         if "classifier" in self.parts:
             self.classify(image)
         if "image_tokens" in self.parts:

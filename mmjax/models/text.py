@@ -59,13 +59,15 @@ class TextEmbed(nn.Module):
 class TokenHead(nn.Module):
     """Tokens to logits over the vocabulary, float32: with a table its product (tied weights), else a layer of its own.
 
-    `transform` puts a dense layer, an activation and a normalisation before it (BERT, Devlin et al. 2019).
+    `transform` puts a dense layer, an activation and a normalisation before it (BERT, Devlin et al. 2019). Without
+    `use_bias` nothing is added to the product.
     """
 
     vocab_size: int
     transform: bool = False
     dtype: jnp.dtype = jnp.float32
     style: Style = PRE_NORM
+    use_bias: bool = True
 
     @nn.compact
     def __call__(
@@ -78,5 +80,6 @@ class TokenHead(nn.Module):
             init = nn.initializers.normal(x.shape[-1] ** -0.5)
             table = self.param("vocab", init, (self.vocab_size, x.shape[-1]))
         logits = jnp.einsum("btd,vd->btv", x, table.astype(x.dtype), preferred_element_type=jnp.float32)
-        logits = logits + self.param("vocab_bias", nn.initializers.zeros, (self.vocab_size,))
+        if self.use_bias:
+            logits = logits + self.param("vocab_bias", nn.initializers.zeros, (self.vocab_size,))
         return constrain(logits, "batch", "sequence", "vocab")

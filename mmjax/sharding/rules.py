@@ -17,6 +17,7 @@ from jaxtyping import Array, PyTree
 # `blocks/` are stacked over the layers and have one more axis, `layers`, in front.
 PARAMETER_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"patch_embed/kernel", (None, "embed")),
+    (r"conv\d/kernel", (None, None, "embed")),
     (r"token_embed/embedding", ("vocab", "embed")),
     (r"position|token_type|class_token|probe|start|mask_token", (None, "embed")),
     (r"(query|key|value)/kernel", ("embed", "heads")),
@@ -29,7 +30,7 @@ PARAMETER_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"(\w+_projection|transform|match_head|classifier|dense)/kernel", ("embed", None)),
     (r"vocab", ("vocab", "embed")),
     (r"vocab_bias", ("vocab",)),
-    (r"(\w+_projection|patch_embed|out|down|transform|match_head|classifier|dense|\w*norm\w*)/bias", (None,)),
+    (r"(\w+_projection|patch_embed|conv\d|out|down|transform|match_head|classifier|dense|\w*norm\w*)/bias", (None,)),
     (r"\w*norm\w*/scale|\w+_layer_scale", (None,)),
     (r"logit_scale|logit_bias", ()),
 )

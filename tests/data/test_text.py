@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from mmjax.data import clip_bpe, openmoji, records, text, words
 from mmjax.errors import UserError
 from tests.data.make_goldens_text import FOLDER, SENTENCES, write
+from tests.interop import whispers
 
 GOLDENS = sorted(path.stem.removeprefix("text_") for path in FOLDER.glob("text_*.json"))
 
@@ -34,6 +35,14 @@ def trained(tmp_path_factory):
 @pytest.fixture(scope="session")
 def sentencepiece_model():
     return train_sentencepiece()
+
+
+def test_a_text_may_end_with_the_id_that_also_pads():
+    """Where no settings name a padding token, it is 0, which byte-level vocabularies have for "!"."""
+    made = text.HuggingFaceTokenizer(whispers.tokenizer())
+    (ids,) = made.encode(["Hear, hear!"], 16)
+    assert made.pad_id == 0 and ids[12] == 0 and ids[13] == made.end_id
+    assert made.decode(ids) == "Hear, hear!"
 
 
 def train_sentencepiece(**settings) -> bytes:

@@ -22,13 +22,16 @@ def filled(name, shape):
     return values + np.float32(1) if is_scale else values
 
 
-def write(folder, family, settings, **files):
-    """A folder of a family with these settings (its config.json) and other JSON files, by name without ending."""
+def write(folder, family, settings, fill=filled, **files):
+    """A folder of a family with these settings (its config.json) and other JSON files, by name without ending.
+
+    `fill` gives each tensor's values, as `filled` does.
+    """
     own = FAMILIES[family]
     contents = {f"{name}.json": content for name, content in files.items()}
     config = own.to_config(settings, contents)
     shapes = pretrained.shapes_of(config, make_mesh(devices=jax.devices()[:1]))
-    tensors = {name: filled(name, shape) for name, shape in table.expected(own.table(config), shapes).items()}
+    tensors = {name: fill(name, shape) for name, shape in table.expected(own.table(config), shapes).items()}
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in {own.settings: settings, **contents}.items():
         (folder / name).parent.mkdir(exist_ok=True)

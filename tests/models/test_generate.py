@@ -221,3 +221,28 @@ def test_it_runs_on_any_mesh(mesh):
         found, scores = searching(module, 3)(params, *rest, 1.0)
     np.testing.assert_array_equal(found, expected)
     np.testing.assert_allclose(scores, score, atol=1e-5)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_suppressed_tokens_are_never_chosen_and_have_no_share(mesh, variant, beams):
+    module = captioners.module(**variant)
+    params, image, prompt, prompt_length, rng = arguments(module, 32, seed=7)
+    suppress, suppress_first = (2, 4), (END, 5)
+    strategy = Strategy(beams, suppress=suppress, suppress_first=suppress_first)
+    ids, score = (np.asarray(x) for x in compiled(module, strategy)(params, image, prompt, prompt_length, rng))
+    places = np.arange(prompt.shape[1])
+    chosen, first = places >= prompt_length[:, None], places == prompt_length[:, None]
+    assert not np.isin(ids[chosen], suppress).any() and not np.isin(ids[first], suppress_first).any()
+    np.testing.assert_array_equal(ids[~chosen], prompt[~chosen])  # a prompt says what it likes
+    assert np.isin(prompt[~chosen], suppress).any() and np.isin(ids[chosen & ~first], suppress_first).any()
+    # The scores are those of the distribution over what is left.
+    found = captioners.log_probabilities(module, params, image, ids)
+    found[..., suppress] = -np.inf
+    found[first[..., None] & np.isin(np.arange(found.shape[2]), suppress_first)] = -np.inf
+    found -= np.log(np.exp(found).sum(axis=2, keepdims=True))
+    own = np.take_along_axis(found, ids[..., None], axis=2)[..., 0]
+    counted = chosen & (ids != PAD)
+    total = np.where(counted, own, 0).sum(axis=1)
+    divisor = penalty(counted.sum(axis=1), strategy.length_penalty) if beams > 1 else 1
+    np.testing.assert_allclose(score, total / divisor, atol=1e-5)
