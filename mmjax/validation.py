@@ -185,7 +185,13 @@ def _check_part(config: ConfigDict, name: str) -> None:
     part, width = part_size(config.model[name].to_dict(), tower_size(text)), tower_size(text).width
     if part["reads"] == "tower" and part["depth"]:
         raise UserError(f"config.model.{name}.depth: with reads=tower the layers are the text tower's; set it to 0")
-    for key, low in (("depth", int(part["reads"] != "tower")), ("width", 1), ("heads", 1), ("mlp_dim", 1), ("unroll", 0)):
+    for key, low in (
+        ("depth", int(part["reads"] != "tower")),
+        ("width", 1),
+        ("heads", 1),
+        ("mlp_dim", 1),
+        ("unroll", 0),
+    ):
         if part[key] < low:
             raise UserError(f"config.model.{name}.{key}: {part[key]} is less than {low}")
     if part["width"] % part["heads"]:

@@ -127,9 +127,7 @@ def test_a_tensor_by_both_its_names_is_refused(tmp_path):
     folder = folders.write(tmp_path, "bert", SETTINGS)
     tensors = folders.tensors_of(folder)
     (folder / "model.safetensors").unlink()
-    store.save_tensors(
-        folder / "model.safetensors", tensors | {"bert.pooler.dense.bias": tensors["pooler.dense.bias"]}
-    )
+    store.save_tensors(folder / "model.safetensors", tensors | {"bert.pooler.dense.bias": tensors["pooler.dense.bias"]})
     with pytest.raises(UserError, match=r"there by another name, too: (bert\.)?pooler\.dense\.bias$"):
         api.load(folder)
 
