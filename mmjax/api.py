@@ -120,7 +120,10 @@ class Model:
           UserError: the model came without a tokenizer.
         """
         if self.tokenizer is None:
-            raise UserError("this model came without a tokenizer, so it can read ids alone")
+            raise UserError(
+                "this model came without a tokenizer, so it can read ids alone: put its tokenizer.json (of open_clip's "
+                "models: bpe_simple_vocab_16e6.txt.gz) beside its weights"
+            )
         return self.tokenizer.encode(list(texts), self.config.model.encoders.text.length)
 
     def similarity(

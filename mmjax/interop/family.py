@@ -5,7 +5,11 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
+from mmjax.config import PARTS
+from mmjax.data.text import Tokenizer
 from mmjax.errors import UserError
+from mmjax.interop import tokenizer_files
+from mmjax.interop.store import Folder
 from mmjax.interop.table import Table
 
 Json = Mapping[str, Any]
@@ -21,6 +25,9 @@ class Family(NamedTuple):
       files: our config -> JSON files that are written beside config.json, by name.
       settings: the file that their settings are in.
       weights: the file that the tensors are written to.
+      read_tokenizer: (the folder, their settings) -> the tokenizer, None where there is none.
+      name_tokenizer: (their settings, the tokenizer) -> their settings, with what they say of it. It is written in any
+        case as `tokenizer_files.write` does.
     """
 
     name: str
@@ -30,6 +37,8 @@ class Family(NamedTuple):
     files: Callable[[ConfigDict], dict[str, Json]] = lambda config: {}
     settings: str = "config.json"
     weights: str = "model.safetensors"
+    read_tokenizer: Callable[[Folder, Json], Tokenizer | None] = lambda folder, settings: tokenizer_files.read(folder)
+    name_tokenizer: Callable[[dict[str, Any], Tokenizer], dict[str, Any]] = lambda settings, tokenizer: settings
 
 
 # What changes how fast a tower runs or what training does, and not what it computes.
@@ -38,13 +47,19 @@ _FREE = ("variant", "remat", "unroll", "token_drop", "tokenizer", "resize")
 
 def architecture(config: ConfigDict) -> dict[str, Any]:
     """What of a config decides which parameters a model has and what it computes from them."""
-    model = config.model.to_dict()
-    for name, encoder in model["encoders"].items():
-        from mmjax.models.multimodal import tower_size
-        from mmjax.models.variants import parse
+    from mmjax.models.multimodal import part_size, tower_size
+    from mmjax.models.variants import parse
 
-        own = {key: value for key, value in encoder.items() if key not in _FREE}
-        model["encoders"][name] = own | tower_size(encoder)._asdict() | {"patch": parse(encoder["variant"])[1]}
+    def bound(settings: Json) -> dict[str, Any]:
+        return {key: value for key, value in settings.items() if key not in _FREE}
+
+    model = config.model.to_dict()
+    for name in PARTS:
+        if model[name]:
+            model[name] = bound(part_size(model[name], tower_size(model["encoders"]["text"])))
+    for name, encoder in model["encoders"].items():
+        patch = parse(encoder["variant"])[1]
+        model["encoders"][name] = bound(encoder) | tower_size(encoder)._asdict() | {"patch": patch}
     return model
 
 

@@ -52,9 +52,9 @@ def load(source: str | Path, mesh: Mesh, revision: str | None = None, allow_pick
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{folder.name}: {family.settings} is no {family.name} model's: {one_line(error)}") from error
     check_divides(config.model, mesh.shape["fsdp"], mesh.shape["tensor"])
-    with_tokenizer = "text" in config.model.encoders and any(map(folder.has, tokenizers.FILES))
-    tokenizer = tokenizers.load(folder.path) if with_tokenizer else None
-    tensors, rows = store.open_tensors(folder, allow_pickle), family.table(config)
+    tokenizer = family.read_tokenizer(folder, theirs) if "text" in config.model.encoders else None
+    rows = family.table(config)
+    tensors = table.Renamed(store.open_tensors(folder, allow_pickle), rows.aliases)
     shapes = shapes_of(config, mesh)
     table.check(rows, shapes, tensors, folder.name, family.name)
     params = table.read(rows, tensors, shapes, parameter_shardings(shapes, mesh), folder.name)
@@ -81,7 +81,10 @@ def save(
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty")
     folder.mkdir(parents=True, exist_ok=True)
-    for name, content in {chosen.settings: chosen.to_theirs(config), **chosen.files(config)}.items():
+    settings = chosen.to_theirs(config)
+    if tokenizer is not None:
+        settings = chosen.name_tokenizer(settings, tokenizer)
+    for name, content in {chosen.settings: settings, **chosen.files(config)}.items():
         write_atomically(folder / name, (json.dumps(content, indent=2) + "\n").encode())
     if tokenizer is not None:
         tokenizer_files.write(folder, tokenizer, config.model.encoders.text.length, chosen.name)

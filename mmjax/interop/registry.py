@@ -4,12 +4,15 @@ from typing import Any
 
 from mmjax.config import suggest
 from mmjax.errors import UserError
-from mmjax.interop import clip
+from mmjax.interop import clip, open_clip
 from mmjax.interop.family import Family
 from mmjax.interop.store import Folder
 
-# A new family is a file here and a line below. The name is the `model_type` of its config.json.
-FAMILIES: dict[str, Family] = {family.name: family for family in (clip.FAMILY,)}
+# A new family is a file here and a line below. The name is the `model_type` of its config.json. Where a model fits more
+# than one, the first is what it is saved as.
+FAMILIES: dict[str, Family] = {family.name: family for family in (clip.FAMILY, open_clip.FAMILY)}
+# Where transformers' weights are, with config.json beside them.
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 # What is read of a folder beside its settings.
 FILES = (
     "preprocessor_config.json",
@@ -24,11 +27,15 @@ FILES = (
 def family_of(folder: Folder) -> tuple[Family, dict[str, Any]]:
     """The family of a folder's model, and the model's settings there.
 
+    Many folders have a model in two layouts, transformers' and open_clip's: the first is read if its weights are there.
+
     Raises:
       UserError: it has no settings, or its family is unknown.
     """
-    settings = folder.read_json("config.json")
-    kind = settings.get("model_type")
+    own = folder.read_json("config.json", optional=folder.has(open_clip.FAMILY.settings))
+    kind = own.get("model_type")
+    if folder.has(open_clip.FAMILY.settings) and not (kind in FAMILIES and any(map(folder.has, _WEIGHTS))):
+        return open_clip.FAMILY, folder.read_json(open_clip.FAMILY.settings)
     if kind not in FAMILIES:
         raise UserError(f"{folder.name}: config.json is of a {kind!r} model; {suggest(str(kind), FAMILIES)}")
-    return FAMILIES[kind], settings
+    return FAMILIES[kind], own

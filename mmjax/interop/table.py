@@ -60,12 +60,14 @@ class Table(NamedTuple):
     """All rows of a model.
 
     `fixed` are our parameters that have no tensor there, with their values; `ignored` patterns of tensors there that
-    hold no parameter, or one that is in another tensor too.
+    hold no parameter, or one that is in another tensor too. `aliases` are (pattern, replacement): what turns other
+    names, under which some files have the same tensors, into those of the rows.
     """
 
     rows: tuple[Row, ...]
     fixed: Mapping[str, float] = {}
     ignored: tuple[str, ...] = ()
+    aliases: tuple[tuple[str, str], ...] = ()
 
 
 def dense(ours: str, theirs: str, bias: bool = True) -> Iterator[Row]:
@@ -81,11 +83,18 @@ def norm(ours: str, theirs: str) -> Iterator[Row]:
     yield Row(f"{ours}/bias", f"{theirs}.bias")
 
 
-def fused(ours: str, theirs: str, suffixes: tuple[str, str] = (".weight", ".bias")) -> Iterator[Row]:
-    """The rows of query, key and value where they are one tensor there, with these ends of its name."""
-    for index, name in enumerate(("query", "key", "value")):
-        yield Row(f"{ours}/{name}/kernel", theirs + suffixes[0], TRANSPOSED, (index, 3))
-        yield Row(f"{ours}/{name}/bias", theirs + suffixes[1], SAME, (index, 3))
+def fused(
+    ours: str,
+    theirs: str,
+    suffixes: tuple[str, str] = (".weight", ".bias"),
+    names: tuple[str, ...] = ("query", "key", "value"),
+) -> Iterator[Row]:
+    """The rows of query, key and value (or of these `names`) where they are one tensor there, with these ends of its
+    name.
+    """
+    for index, name in enumerate(names):
+        yield Row(f"{ours}/{name}/kernel", theirs + suffixes[0], TRANSPOSED, (index, len(names)))
+        yield Row(f"{ours}/{name}/bias", theirs + suffixes[1], SAME, (index, len(names)))
 
 
 def _layers(row: Row, shape: tuple[int, ...]) -> list[str]:
@@ -115,12 +124,38 @@ def expected(table: Table, shapes: PyTree) -> dict[str, tuple[int, ...]]:
     return found
 
 
-def check(table: Table, shapes: PyTree, tensors: Tensors, source: str, family: str) -> None:
+class Renamed:
+    """Tensors by the names that a table has for them: see `Table.aliases`."""
+
+    def __init__(self, tensors: Tensors, aliases: tuple[tuple[str, str], ...]):
+        self._tensors, self._names = tensors, {}
+        for name in tensors.names():
+            own = name
+            for pattern, replacement in aliases:
+                own = re.sub(f"^(?:{pattern})$", replacement, own)
+            self._names[own] = name
+
+    def names(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Shapes and types."""
+        known = self._tensors.names()
+        return {own: known[name] for own, name in self._names.items()}
+
+    def get(self, name: str) -> np.ndarray:
+        """One of them."""
+        return self._tensors.get(self._names[name])
+
+
+def check(table: Table, shapes: PyTree, tensors: Tensors | Renamed, source: str, family: str) -> None:
     """Raises UserError, naming all of them, where tensors are missing, unknown, or have other shapes."""
     there = {name: shape for name, (shape, _) in tensors.names().items()}
     wanted = expected(table, shapes)
     unknown = [name for name in there if name not in wanted and not any(re.fullmatch(p, name) for p in table.ignored)]
-    wrong = {name: shape for name, shape in wanted.items() if name in there and there[name] != shape}
+    numbers = ((), (1,))  # some files have one for the other
+    wrong = {
+        name: shape
+        for name, shape in wanted.items()
+        if name in there and there[name] != shape and not (there[name] in numbers and shape in numbers)
+    }
     faults = {
         "missing": [name for name in wanted if name not in there],
         "unknown": unknown,
@@ -131,7 +166,7 @@ def check(table: Table, shapes: PyTree, tensors: Tensors, source: str, family: s
         raise UserError(f"{source}: its tensors are not those of a {family} model with its config. {found}")
 
 
-def read(table: Table, tensors: Tensors, shapes: PyTree, shardings: PyTree, source: str) -> PyTree[Array]:
+def read(table: Table, tensors: Tensors | Renamed, shapes: PyTree, shardings: PyTree, source: str) -> PyTree[Array]:
     """The parameters, float32, each read straight into its place on the devices.
 
     A process reads only the layers that its devices hold, one tensor at a time: it never has a whole large model.
@@ -169,7 +204,7 @@ def read(table: Table, tensors: Tensors, shapes: PyTree, shardings: PyTree, sour
                 if LAYER in row.theirs:
                     known[key] = np.stack([layer(row, name)[index[1:]] for name in names[index[0]]])
                 else:
-                    known[key] = layer(row, names[0])[index]
+                    known[key] = layer(row, names[0]).reshape(target.shape)[index]  # [1] may stand for []
             return known[key]
 
         return jax.make_array_from_callback(target.shape, sharding, part)

@@ -5,8 +5,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mmjax.data.text import Tokenizer
+from mmjax.data.text import FILES, Tokenizer, load
 from mmjax.files import write_atomically
+from mmjax.interop.store import Folder
+
+
+def read(folder: Folder) -> Tokenizer | None:
+    """The tokenizer of a folder of Hugging Face; None where there is none."""
+    return load(folder.path) if any(map(folder.has, FILES)) else None
 
 
 def write(folder: Path, tokenizer: Tokenizer, length: int, family: str) -> None:
@@ -38,7 +44,9 @@ def write(folder: Path, tokenizer: Tokenizer, length: int, family: str) -> None:
         "padding_side": "right",
         "clean_up_tokenization_spaces": False,
     }
-    special = {"pad": tokenizer.pad_id, "bos": tokenizer.start_id, "eos": tokenizer.end_id, "mask": tokenizer.mask_id}
+    # A padding token becomes a special one there: a piece of text, as it is in open_clip's vocabulary, must not.
+    pad_id = tokenizer.pad_id if tokenizer.pad_id in added else tokenizer.end_id
+    special = {"pad": pad_id, "bos": tokenizer.start_id, "eos": tokenizer.end_id, "mask": tokenizer.mask_id}
     settings |= {f"{name}_token": names[index] for name, index in special.items() if index in names}
     write_atomically(folder / "tokenizer_config.json", (json.dumps(settings, indent=2) + "\n").encode())
 
