@@ -1,15 +1,20 @@
 """CLIP and SigLIP in open_clip's layout, beside open_clip."""
 
 import copy
+import json
 
+import jax
 import numpy as np
 import pytest
 
 from mmjax import api
-from mmjax.interop import pretrained
+from mmjax.interop import pretrained, registry, table
+from mmjax.models.multimodal import tower_size
+from mmjax.sharding.mesh import make_mesh
 from tests.interop import folders, open_clip_peer, peers
 
 open_clip = open_clip_peer.library()
+import torch  # noqa: E402
 
 SMALL = {
     "embed_dim": 24,
@@ -69,3 +74,59 @@ def assert_features_agree(model, references, pixels, ids):
     for reference in references:
         for ours, theirs in zip(found, open_clip_peer.their_features(reference, model, pixels, ids), strict=True):
             assert folders.relative_error(ours, theirs) < peers.TOLERANCE
+
+
+PUBLISHED = ["ViT-B-32", "ViT-B-32-quickgelu", "ViT-B-16-SigLIP"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_features_agree_in_published_shapes(name, tmp_path):
+    settings = open_clip.get_model_config(name)
+    reference = open_clip_peer.build(tmp_path / "theirs", settings)
+    model, again = open_clip_peer.there_and_back(tmp_path / "theirs", tmp_path / "ours")
+    pixels, ids = folders.pixels(2, 224), open_clip_peer.ids(settings["text_cfg"], 2)
+    assert_features_agree(model, (reference, again), pixels, ids)
+
+
+def test_quick_gelu_is_only_what_the_settings_say(tmp_path):
+    reference = open_clip_peer.build(tmp_path, small(quick_gelu=True))
+    pixels, ids = folders.pixels(3, 28), open_clip_peer.ids(SMALL["text_cfg"])
+    settings = json.loads((tmp_path / "open_clip_config.json").read_text())
+    settings["model_cfg"]["quick_gelu"] = False
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(settings))
+    other = api.load(tmp_path)
+    for ours, theirs in zip(
+        open_clip_peer.features(other, pixels, ids),
+        open_clip_peer.their_features(reference, other, pixels, ids),
+        strict=True,
+    ):
+        assert folders.relative_error(ours, theirs) > 1e-3
+
+
+def readable():
+    """The published models that are Transformers of open_clip's own, or SigLIP's."""
+    for name in open_clip.list_models():
+        settings = open_clip.get_model_config(name)
+        timm, hugging_face = settings["vision_cfg"].get("timm_model_name"), settings["text_cfg"].get("hf_model_name")
+        is_transformer = "siglip" in timm if timm else isinstance(settings["vision_cfg"]["layers"], int)
+        if is_transformer and not hugging_face and "multimodal_cfg" not in settings:
+            yield name
+
+
+@pytest.mark.parametrize("name", list(readable()))
+def test_every_tensor_of_the_published_models_has_its_place(name):
+    settings = open_clip.get_model_config(name)
+    with torch.device("meta"):
+        reference = open_clip.create_model(name, pretrained=None, load_weights=False, device="meta")
+    config = registry.FAMILIES["open_clip"].to_config({"model_cfg": settings}, {})
+    shapes = pretrained.shapes_of(config, make_mesh(devices=jax.devices()[:1]))
+    rows = registry.FAMILIES["open_clip"].table(config)
+    expected = table.expected(rows, shapes)
+    assert expected == {key: tuple(value.shape) for key, value in reference.state_dict().items()}
+    image = config.model.encoders.image
+    if image.pooling == "map":
+        block = reference.visual.trunk.blocks[0]
+        assert (block.mlp.act.__class__.__name__ == "GELUTanh") == (image.activation == "gelu_tanh")
+        assert block.attn.num_heads == tower_size(image).heads
+        assert reference.visual.trunk.patch_embed.img_size == (image.image_size,) * 2
