@@ -20,7 +20,7 @@ from mmjax.data import text as tokenizers
 from mmjax.errors import UserError
 from mmjax.interop import pretrained
 from mmjax.models.generate import Strategy, generate
-from mmjax.models.multimodal import Text, tower_size
+from mmjax.models.multimodal import Text, output_width
 from mmjax.objectives.captioning import labels_of
 from mmjax.sharding import distributed
 from mmjax.sharding.mesh import make_mesh
@@ -317,7 +317,7 @@ class Model:
         It is what a classifier on the frozen tower reads. A model without a contrastive loss has it too, but then
         nothing may have trained a pooling with parameters of its own (`map`). The arguments are those of `encode_rows`.
         """
-        width = tower_size(self.config.model.encoders[modality]).width
+        width = output_width(self.config.model.encoders[modality])
         return self._encode_rows("pooled", width, modality, count, load_rows, batch_size)
 
     def _encode_rows(

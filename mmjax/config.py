@@ -132,6 +132,10 @@ def image_encoder(**fields) -> ConfigDict:
         "position": "learned",
         "pooling": "map",
         "class_token": False,
+        "queries": 0,
+        "query_width": 0,
+        "query_heads": 0,
+        "query_norm": "output",
         "patch_bias": True,
         "mean": (0.5, 0.5, 0.5),
         "std": (0.5, 0.5, 0.5),
@@ -150,6 +154,8 @@ def text_encoder(**fields) -> ConfigDict:
         "mask_padding": False,
         "pad_id": 0,
         "end_id": 1,
+        "class_token": False,
+        "shifted_mask": False,
         "token_types": 0,
     }
     return _encoder(**own | fields)
@@ -170,9 +176,14 @@ def decoder(**fields) -> ConfigDict:
         "reads": "embedding",
         "image": "cross",
         "image_queries": 0,
+        "query_heads": 0,
+        "query_norm": "output",
+        "image_class_token": True,
+        "cross_mlp": False,
         "start": True,
         "tied": False,
         "transform": False,
+        "head_bias": True,
     }
     return ConfigDict(_PART | own | fields)
 

@@ -4,7 +4,7 @@ open_clip computes QuickGELU where `model_cfg.quick_gelu` says so, and in no oth
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -12,9 +12,8 @@ from ml_collections import ConfigDict
 from mmjax import config as configs
 from mmjax.config import suggest
 from mmjax.errors import UserError
-from mmjax.interop import open_clip_tokenizer, processing, timm_vit
+from mmjax.interop import open_clip_table, open_clip_tokenizer, processing, timm_vit
 from mmjax.interop.family import Family, Json
-from mmjax.interop.table import PATCHES, ROW, Form, Row, Table, dense, fused, norm
 
 # Names of settings -> what open_clip takes where they are not there.
 _BLOCK = {
@@ -74,10 +73,14 @@ _TEXT = _TOWER | {
     "proj_type": "linear",
     "proj_bias": False,
 }
+# Of these only `layers`, `width`, `heads`, `context_length` and `ls_init_value` make a difference.
+_MULTIMODAL = _TEXT | {"dim_head": 64, "n_queries": 256, "attn_pooler_heads": 8}
 _MODEL = {
     "embed_dim": None,
     "vision_cfg": None,
     "text_cfg": None,
+    "multimodal_cfg": None,
+    "pad_id": 0,
     "quick_gelu": False,
     "custom_text": False,
     "init_logit_scale": None,
@@ -86,11 +89,9 @@ _MODEL = {
 }
 _PREPROCESS = {"resize_mode": "shortest", "interpolation": "bicubic", **processing.OPENAI}
 _RESIZES = {"shortest": "center_crop", "squash": "squash"}
+_POOLERS = (True, "parallel", "cascade")
 _POOLINGS = {"first": "cls", "last": "last", "argmax": "eos", "eos": "eos"}
 _EPSILON = 1e-5
-_NUMBER = Form(lambda x: x.reshape(()), lambda x: x)  # [1] with `nonscalar_logit_scale`
-# What of the text tower stands on its own where it is no module of its own (`custom_text`).
-_TEXT_TENSORS = r"(?:token_embedding|positional_embedding|transformer|ln_final|text_projection)(?:\..*)?"
 
 
 def to_config(theirs: Json, files: Mapping[str, Json]) -> ConfigDict:
@@ -98,17 +99,21 @@ def to_config(theirs: Json, files: Mapping[str, Json]) -> ConfigDict:
     if "model_cfg" not in theirs:
         raise UserError("open_clip_config.json has no model_cfg")
     model = _filled("model_cfg", theirs["model_cfg"], _MODEL)
-    text = _filled("text_cfg", model["text_cfg"], _TEXT)
+    vision, text = model["vision_cfg"], _filled("text_cfg", model["text_cfg"], _TEXT)
     config = configs.default()
     config.model.embed_dim = model["embed_dim"]
     scale, bias = model["init_logit_scale"], model["init_logit_bias"]
     config.model.logit_scale = 1 / 0.07 if scale is None else float(f"{math.exp(scale):.12g}")
     config.model.logit_bias = 0.0 if bias is None else float(bias)
     config.model.encoders.image = configs.image_encoder(
-        **_image(model["vision_cfg"], model["quick_gelu"]), **_preprocess(theirs.get("preprocess_cfg") or {})
+        **_image(vision, model["quick_gelu"], model["embed_dim"]), **_preprocess(theirs.get("preprocess_cfg") or {})
     )
     config.model.encoders.text = configs.text_encoder(**_text(text, model["quick_gelu"]))
     config.objectives.contrastive = configs.objective(kind="softmax" if bias is None else "sigmoid")
+    if model["multimodal_cfg"] is not None:
+        decoder = _decoder(_filled("multimodal_cfg", model["multimodal_cfg"], _MULTIMODAL), text)
+        config.model.decoder = configs.decoder(**decoder, **_read(vision))
+        config.objectives.captioning = configs.objective(kind="captioning", weight=2.0)  # CoCa, section 4.1
     return config
 
 
@@ -122,7 +127,7 @@ def _filled(section: str, given: Json, defaults: Json) -> dict[str, Any]:
     return {**defaults, **given}
 
 
-def _image(given: Json, quick_gelu: bool) -> dict[str, Any]:
+def _image(given: Json, quick_gelu: bool, embed_dim: int) -> dict[str, Any]:
     if given.get("timm_model_name"):
         return _timm_image(_filled("vision_cfg", given, _VISION | _TIMM))
     vision = _filled("vision_cfg", given, _VISION)
@@ -130,7 +135,17 @@ def _image(given: Json, quick_gelu: bool) -> dict[str, Any]:
         raise UserError(f"vision_cfg.layers: {vision['layers']} is a ResNet's, and only Transformers are read")
     if vision["pool_type"] not in ("tok", "avg"):
         raise UserError(f"vision_cfg.pool_type: {vision['pool_type']!r} is neither tok nor avg")
+    if vision["attentional_pool"] not in (*_POOLERS, False):
+        raise UserError(f"vision_cfg.attentional_pool: {vision['attentional_pool']!r} is none of {_POOLERS}")
     patch, side = (_side(f"vision_cfg.{name}", vision[name]) for name in ("patch_size", "image_size"))
+    pooled = {
+        "pooling": "cls" if vision["pool_type"] == "tok" else "mean",
+        "class_token": vision["pool_type"] != "tok",
+        "final_norm": not vision["final_ln_after_pool"],
+        "pool_norm": bool(vision["final_ln_after_pool"]),
+    }
+    if vision["attentional_pool"]:
+        pooled |= _pooler(vision, embed_dim)
     return {
         **_tower("vision_cfg", vision, quick_gelu),
         "heads": vision["width"] // vision["head_width"],
@@ -138,11 +153,57 @@ def _image(given: Json, quick_gelu: bool) -> dict[str, Any]:
         "image_size": side,
         "patch_bias": False,
         "embed_norm": not vision["no_ln_pre"],
-        "pooling": "cls" if vision["pool_type"] == "tok" else "mean",
-        "class_token": vision["pool_type"] != "tok",
-        "final_norm": not vision["final_ln_after_pool"],
-        "pool_norm": bool(vision["final_ln_after_pool"]),
         "token_drop": float(vision["patch_dropout"]),
+        **pooled,
+    }
+
+
+def _pooler(vision: Json, embed_dim: int) -> dict[str, Any]:
+    """CoCa's pooling of images. `attentional_pool` True: of the queries' outputs, normalised, the first one is the
+    embedding. "cascade": one more query reads these outputs. "parallel": it reads the tokens, as the others do.
+    """
+    kind, queries = vision["attentional_pool"], {"query_heads": vision["attn_pooler_heads"]}
+    if vision["norm_kwargs"]:
+        raise UserError(f"vision_cfg.norm_kwargs: {vision['norm_kwargs']} is not supported with attentional_pool")
+    if kind != "parallel":
+        queries |= {"queries": vision["attn_pooler_queries"], "query_width": embed_dim}
+    if kind is True:
+        return queries | {"query_norm": "both", "final_norm": False, "pool_norm": False}
+    if vision["width"] != embed_dim:
+        raise UserError(f"vision_cfg.attentional_pool: {kind} needs a width of embed_dim, {embed_dim}")
+    own = {"query_norm": "input", "pooling": "query", "class_token": True, "final_norm": True, "pool_norm": False}
+    return queries | own
+
+
+def _read(vision: Json) -> dict[str, Any]:
+    """What the text decoder reads of an image."""
+    if vision.get("timm_model_name"):
+        raise UserError("vision_cfg.timm_model_name: such a tower is not supported with multimodal_cfg")
+    kind = vision.get("attentional_pool", False)
+    if kind != "parallel":
+        return {"image_class_token": kind == "cascade"}
+    names = {"image_queries": "attn_pooler_queries", "query_heads": "attn_pooler_heads"}
+    return {"query_norm": "input"} | {ours: vision.get(name, _VISION[name]) for ours, name in names.items()}
+
+
+def _decoder(multimodal: Json, text: Json) -> dict[str, Any]:
+    """The text decoder of CoCa; what it has of the text tower's settings has to be the default there, or the same."""
+    for name in ("norm_kwargs", "act_kwargs"):
+        if text[name]:
+            raise UserError(f"text_cfg.{name}: {text[name]} is not supported with multimodal_cfg")
+    if multimodal["ls_init_value"] != text["ls_init_value"] or multimodal["width"] != text["width"]:
+        raise UserError("multimodal_cfg.ls_init_value, width: they are not those of text_cfg")
+    if multimodal["context_length"] < text["context_length"]:
+        raise UserError("multimodal_cfg.context_length: it is less than that of text_cfg")
+    return {
+        "depth": multimodal["layers"],
+        "width": multimodal["width"],
+        "mlp_dim": 4 * multimodal["width"],
+        "heads": multimodal["heads"],
+        "reads": "text",
+        "start": False,
+        "cross_mlp": True,
+        "head_bias": False,
     }
 
 
@@ -167,6 +228,10 @@ def _timm_image(vision: Json) -> dict[str, Any]:
 
 
 def _text(text: Json, quick_gelu: bool) -> dict[str, Any]:
+    if text["embed_cls"]:  # then nothing else is pooled
+        class_token = dict.fromkeys(("class_token", "mask_padding", "shifted_mask", "pool_norm"), True)
+        own = class_token | {"final_norm": False}
+        return _text(text | {"embed_cls": False, "pool_type": "last"}, quick_gelu) | own
     if text["pool_type"] not in _POOLINGS:
         raise UserError(f"text_cfg.pool_type: {text['pool_type']!r} is none of {', '.join(_POOLINGS)}")
     if text["no_causal_mask"] and _POOLINGS[text["pool_type"]] == "eos":
@@ -230,17 +295,15 @@ def to_theirs(config: ConfigDict) -> dict[str, Any]:
     if "sigmoid" in [entry.kind for entry in config.objectives.values()]:
         settings["init_logit_bias"] = model.logit_bias
     settings["quick_gelu"] = "quick_gelu" in (image.activation, model.encoders.text.activation)
-    settings["custom_text"] = _is_custom(config)
-    settings["vision_cfg"] = _timm_settings(image) if image.pooling == "map" else _vision_settings(image)
+    settings["custom_text"] = open_clip_table.is_custom(config)
+    settings["vision_cfg"] = _timm_settings(image) if image.pooling == "map" else _vision_settings(config)
     settings["text_cfg"] = _text_settings(model.encoders.text)
+    if model.decoder:
+        settings["multimodal_cfg"] = _multimodal_settings(config)
+        settings["vision_cfg"]["output_tokens"] = settings["text_cfg"]["output_tokens"] = True
     resize = {ours: theirs for theirs, ours in _RESIZES.items()}[image.resize]
     preprocess = {"mean": list(image.mean), "std": list(image.std), "interpolation": "bicubic", "resize_mode": resize}
     return {"model_cfg": settings, "preprocess_cfg": preprocess}
-
-
-def _is_custom(config: ConfigDict) -> bool:
-    """Whether the text tower is a module of its own."""
-    return config.model.encoders.image.pooling == "map"
 
 
 def _tower_settings(encoder: ConfigDict) -> dict[str, Any]:
@@ -260,20 +323,27 @@ def _tower_settings(encoder: ConfigDict) -> dict[str, Any]:
     return {key: value for key, value in found.items() if value is not None}
 
 
-def _vision_settings(image: ConfigDict) -> dict[str, Any]:
+def _vision_settings(config: ConfigDict) -> dict[str, Any]:
     from mmjax.models.multimodal import tower_size
     from mmjax.models.variants import parse
 
+    image = config.model.encoders.image
     size = tower_size(image)
-    return {
+    found = {
         **_tower_settings(image),
         "image_size": image.image_size,
         "patch_size": parse(image.variant)[1],
         "head_width": size.width // size.heads,
         "no_ln_pre": not image.embed_norm,
-        "pool_type": "tok" if image.pooling == "cls" else "avg",
+        "pool_type": "avg" if image.pooling == "mean" else "tok",
         "final_ln_after_pool": image.pool_norm,
     }
+    queries = image.queries or config.model.decoder.get("image_queries", 0)
+    if queries:
+        kind = "parallel" if not image.queries else "cascade" if image.pooling == "query" else True
+        heads = image.query_heads or size.heads
+        found |= {"attentional_pool": kind, "attn_pooler_queries": queries, "attn_pooler_heads": heads}
+    return found
 
 
 def _timm_settings(image: ConfigDict) -> dict[str, Any]:
@@ -294,7 +364,9 @@ def _timm_settings(image: ConfigDict) -> dict[str, Any]:
 def _text_settings(text: ConfigDict) -> dict[str, Any]:
     from mmjax.models.multimodal import tower_size
 
-    if text.pooling == "eos" and text.end_id != text.vocab_size - 1:
+    if text.class_token:
+        pooling = {"embed_cls": True}
+    elif text.pooling == "eos" and text.end_id != text.vocab_size - 1:
         pooling = {"pool_type": "eos", "eos_id": text.end_id}
     else:
         pooling = {"pool_type": {ours: theirs for theirs, ours in _POOLINGS.items() if theirs != "eos"}[text.pooling]}
@@ -311,68 +383,21 @@ def _text_settings(text: ConfigDict) -> dict[str, Any]:
     }
 
 
-def blocks(ours: str, theirs: str, layer_scale: bool) -> Iterator[Row]:
-    """The rows of a tower's layers."""
-    yield from norm(f"{ours}/norm1", f"{theirs}.ln_1")
-    yield from fused(f"{ours}/attention", f"{theirs}.attn.", ("in_proj_weight", "in_proj_bias"))
-    yield from dense(f"{ours}/attention/out", f"{theirs}.attn.out_proj")
-    yield from norm(f"{ours}/norm2", f"{theirs}.ln_2")
-    yield from dense(f"{ours}/mlp/up", f"{theirs}.mlp.c_fc")
-    yield from dense(f"{ours}/mlp/down", f"{theirs}.mlp.c_proj")
-    if layer_scale:
-        yield Row(f"{ours}/attention_layer_scale", f"{theirs}.ls_1.gamma")
-        yield Row(f"{ours}/mlp_layer_scale", f"{theirs}.ls_2.gamma")
+def _multimodal_settings(config: ConfigDict) -> dict[str, Any]:
+    from mmjax.models.multimodal import part_size, tower_size
 
-
-def _image_rows(image: ConfigDict) -> Iterator[Row]:
-    if image.pooling == "map":
-        yield from timm_vit.rows("visual.trunk")
-        if image.projection:
-            yield from dense("image_projection", "visual.head.proj", image.projection_bias)
-        return
-    yield Row("image/class_token", "visual.class_embedding", ROW)
-    yield Row("image/patches/patch_embed/kernel", "visual.conv1.weight", PATCHES)
-    yield Row("image/positions/position", "visual.positional_embedding")
-    if image.embed_norm:
-        yield from norm("image/embed_norm", "visual.ln_pre")
-    yield from blocks("image/transformer/blocks", "visual.transformer.resblocks.{}", bool(image.layer_scale))
-    yield from norm("image/pool/pool_norm" if image.pool_norm else "image/transformer/norm", "visual.ln_post")
-    yield Row("image_projection/kernel", "visual.proj")
-
-
-def _text_rows(text: ConfigDict, prefix: str) -> Iterator[Row]:
-    yield Row("text/embed/token_embed/embedding", f"{prefix}token_embedding.weight")
-    yield Row("text/embed/position", f"{prefix}positional_embedding")
-    yield from blocks("text/transformer/blocks", f"{prefix}transformer.resblocks.{{}}", bool(text.layer_scale))
-    yield from norm("text/transformer/norm", f"{prefix}ln_final")
-    if text.projection_bias:
-        yield from dense("text_projection", f"{prefix}text_projection")
-    elif text.projection:
-        yield Row("text_projection/kernel", f"{prefix}text_projection")
-
-
-def table(config: ConfigDict) -> Table:
-    """Our parameters and the tensors of open_clip."""
-    encoders, custom = config.model.encoders, _is_custom(config)
-    rows = [
-        Row("logit_scale", "logit_scale", _NUMBER),
-        *_image_rows(encoders.image),
-        *_text_rows(encoders.text, "text." if custom else ""),
-    ]
-    fixed = {}
-    if "sigmoid" in [entry.kind for entry in config.objectives.values()]:
-        rows.append(Row("logit_bias", "logit_bias", _NUMBER))
-    else:
-        fixed["logit_bias"] = 0.0
-    alias = (f"({_TEXT_TENSORS})", r"text.\1") if custom else (rf"text\.({_TEXT_TENSORS})", r"\1")
-    return Table(tuple(rows), fixed, (r"(text\.)?attn_mask",), (alias,))
+    text = config.model.encoders.text
+    part = part_size(config.model.decoder.to_dict(), tower_size(text))
+    found = {"layers": part["depth"], "width": part["width"], "heads": part["heads"], "context_length": text.length}
+    scale = {"ls_init_value": text.layer_scale} if text.layer_scale else {}
+    return found | scale | {"vocab_size": text.vocab_size}
 
 
 FAMILY = Family(
     "open_clip",
     to_config,
     to_theirs,
-    table,
+    open_clip_table.table,
     settings="open_clip_config.json",
     weights="open_clip_model.safetensors",
     read_tokenizer=open_clip_tokenizer.read,

@@ -36,9 +36,9 @@ class TextEmbed(nn.Module):
         """`first` is the position of the first of these tokens."""
         return self._finish(self.token_embed(ids) + self._positions(first, ids.shape[1]))
 
-    def blank(self, token: Float[Array, "1 embed"], length: int) -> Float[Array, "1 tokens embed"]:
-        """A sequence of one vector in place of all ids."""
-        return self._finish((token.astype(self.dtype) + self._positions(0, length))[None])
+    def blank(self, token: Float[Array, "1 embed"], length: int, first: int = 0) -> Float[Array, "1 tokens embed"]:
+        """A sequence of one vector in place of all ids; `first` as above."""
+        return self._finish((token.astype(self.dtype) + self._positions(first, length))[None])
 
     def table(self) -> Float[Array, "vocab embed"]:
         """The embedding of every id."""
@@ -56,13 +56,15 @@ class TextEmbed(nn.Module):
 class TokenHead(nn.Module):
     """Tokens to logits over the vocabulary, float32: with a table its product (tied weights), else a layer of its own.
 
-    `transform` puts a dense layer, an activation and a normalisation before it (BERT, Devlin et al. 2019).
+    `transform` puts a dense layer, an activation and a normalisation before it (BERT, Devlin et al. 2019). Without
+    `use_bias` nothing is added to the product.
     """
 
     vocab_size: int
     transform: bool = False
     dtype: jnp.dtype = jnp.float32
     style: Style = PRE_NORM
+    use_bias: bool = True
 
     @nn.compact
     def __call__(
@@ -75,5 +77,6 @@ class TokenHead(nn.Module):
             init = nn.initializers.normal(x.shape[-1] ** -0.5)
             table = self.param("vocab", init, (self.vocab_size, x.shape[-1]))
         logits = jnp.einsum("btd,vd->btv", x, table.astype(x.dtype), preferred_element_type=jnp.float32)
-        logits = logits + self.param("vocab_bias", nn.initializers.zeros, (self.vocab_size,))
+        if self.use_bias:
+            logits = logits + self.param("vocab_bias", nn.initializers.zeros, (self.vocab_size,))
         return constrain(logits, "batch", "sequence", "vocab")
