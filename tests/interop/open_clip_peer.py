@@ -16,12 +16,23 @@ PREPROCESS = {"mean": [0.48, 0.45, 0.41], "std": [0.27, 0.26, 0.28], "interpolat
 
 def library():
     """open_clip, or the test is skipped."""
-    peers.transformers()
-    return pytest.importorskip("open_clip")
+    transformers = peers.transformers()
+    found = pytest.importorskip("open_clip")
+    with_generation(found.coca_model, transformers)
+    return found
 
 
-def build(folder, model_cfg, preprocess_cfg=PREPROCESS, seed=0):
-    """A model of open_clip in a folder of its layout, and itself."""
+def with_generation(module, transformers):
+    """open_clip's captions need a beam search that transformers 5 no longer has; all but beam search works without."""
+    names = ("LogitsProcessorList", "RepetitionPenaltyLogitsProcessor", "MinLengthLogitsProcessor")
+    for name in (*names, "MaxLengthCriteria", "StoppingCriteriaList"):
+        setattr(module, name, getattr(transformers, name))
+    module.GENERATION_TYPES["top_k"] = transformers.TopKLogitsWarper
+    module._has_transformers = True
+
+
+def build(folder, model_cfg, preprocess_cfg=PREPROCESS, seed=0, change=lambda model: None):
+    """A model of open_clip in a folder of its layout, and itself; `change` is made to its random weights."""
     from safetensors.torch import save_file
 
     open_clip = library()
@@ -31,7 +42,7 @@ def build(folder, model_cfg, preprocess_cfg=PREPROCESS, seed=0):
     model = open_clip.create_model(f"local-dir:{folder}", load_weights=False)
     if hasattr(model, "text_decoder"):  # open_clip leaves it as the memory was
         model.text_decoder.text_projection.data.zero_()
-    peers.randomized(model, seed)
+    change(peers.randomized(model, seed))
     save_file(model.state_dict(), folder / "open_clip_model.safetensors")
     return model
 
