@@ -23,7 +23,7 @@ from mmjax.errors import UserError
 from mmjax.interop import pretrained
 from mmjax.models.flops import patch_count
 from mmjax.models.generate import Strategy, generate, make_strategy
-from mmjax.models.multimodal import Text, positions_of, tower_size
+from mmjax.models.multimodal import Text, output_width, positions_of
 from mmjax.objectives.captioning import labels_of
 from mmjax.quantization import check_weights, quantized
 from mmjax.sharding import distributed
@@ -138,7 +138,10 @@ class Model:
           UserError: the model came without a tokenizer.
         """
         if self.tokenizer is None:
-            raise UserError("this model came without a tokenizer, so it can read ids alone")
+            raise UserError(
+                "this model came without a tokenizer, so it can read ids alone: put its tokenizer.json (of open_clip's "
+                "models: bpe_simple_vocab_16e6.txt.gz) beside its weights"
+            )
         return self.tokenizer.encode(list(texts), self.config.model.encoders.text.length)
 
     def similarity(
@@ -456,7 +459,7 @@ class Model:
         It is what a classifier on the frozen tower reads. A model without a contrastive loss has it too, but then
         nothing may have trained a pooling with parameters of its own (`map`). The arguments are those of `encode_rows`.
         """
-        width = tower_size(self.config.model.encoders[modality]).width
+        width = output_width(self.config.model.encoders[modality])
         return self._encode_rows("pooled", width, modality, count, load_rows, batch_size)
 
     def _encode_rows(

@@ -48,7 +48,7 @@ def from_vocab_and_merges(folder: Path, family: str) -> str:
 
 
 def from_open_clip(content: bytes) -> tuple[str, int, int]:
-    """The definition behind `bpe_simple_vocab_16e6.txt.gz`: texts have to pass `open_clip_text` first.
+    """The definition behind `bpe_simple_vocab_16e6.txt.gz`: texts have to pass `open_clip_text` first, in lower case.
 
     The ids are those of bytes, of bytes that end a word, of merges in their order, and of two special tokens.
 
@@ -75,7 +75,7 @@ def from_open_clip(content: bytes) -> tuple[str, int, int]:
 
 
 def open_clip_text(text: str) -> str:
-    """Cleans a text for open_clip's vocabulary: HTML entities, white space, lower case.
+    """Cleans a text as open_clip's tokenizers do, but for the case of its letters: HTML entities, white space.
 
     open_clip cleans with the package ftfy before. What that does to sound text is done here too: straight
     quotes, full-width characters, Latin ligatures, control characters, NFC. Its repair of wrongly decoded text
@@ -88,7 +88,7 @@ def open_clip_text(text: str) -> str:
         if unescape:
             text = _ENTITY.sub(lambda match: html.unescape(match[0]), text)
         text = unicodedata.normalize("NFC", text.translate(_REPLACEMENTS))
-    return " ".join(html.unescape(html.unescape(text)).split()).lower()
+    return " ".join(html.unescape(html.unescape(text)).split())
 
 
 def _clip(vocab: dict[str, int], merges: list[tuple[str, str]], pattern: str, unknown: str, normalizer) -> str:

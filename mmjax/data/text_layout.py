@@ -257,14 +257,20 @@ def _ends_of_file(tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 def _canonicalize(text: str) -> str:
     """Without ASCII punctuation and repeated white space (`prompt_engineering.py` of big_vision; SigLIP's texts)."""
-    return re.sub(r"\s+", " ", text.replace("▁", " ").translate(_NO_PUNCTUATION)).strip()
+    return _bare(text.replace("▁", " "))
+
+
+def _bare(text: str) -> str:
+    return re.sub(r"\s+", " ", text.translate(_NO_PUNCTUATION)).strip()
 
 
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 # Named, so that a tokenizer can be saved.
 CLEANERS: dict[str, Callable[[str], str]] = {
     "": lambda text: text,
-    "open_clip": clip_bpe.open_clip_text,
+    "open_clip": lambda text: clip_bpe.open_clip_text(text).lower(),
+    "open_clip_whitespace": clip_bpe.open_clip_text,
+    "open_clip_canonicalize": lambda text: _bare(clip_bpe.open_clip_text(text).replace("_", " ")).lower(),
     "siglip": lambda text: _canonicalize(text.lower()),
     "siglip_cased": _canonicalize,
     "lower": lambda text: "".join(map(str.lower, text)),  # by character: a final sigma is not told apart

@@ -6,7 +6,10 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from mmjax.config import PARTS
+from mmjax.data.text import Tokenizer
 from mmjax.errors import UserError
+from mmjax.interop import tokenizer_files
+from mmjax.interop.store import Folder
 from mmjax.interop.table import Table
 
 Json = Mapping[str, Any]
@@ -23,6 +26,9 @@ class Family(NamedTuple):
       files: our config -> JSON files that are written beside config.json, by name.
       settings: the file that their settings are in.
       weights: the file that the tensors are written to.
+      read_tokenizer: (the folder, their settings) -> the tokenizer, None where there is none.
+      name_tokenizer: (their settings, the tokenizer) -> their settings, with what they say of it. It is written in any
+        case as `tokenizer_files.write` does.
     """
 
     name: str
@@ -32,6 +38,8 @@ class Family(NamedTuple):
     files: Callable[[ConfigDict], dict[str, Json]] = lambda config: {}
     settings: str = "config.json"
     weights: str = "model.safetensors"
+    read_tokenizer: Callable[[Folder, Json], Tokenizer | None] = lambda folder, settings: tokenizer_files.read(folder)
+    name_tokenizer: Callable[[dict[str, Any], Tokenizer], dict[str, Any]] = lambda settings, tokenizer: settings
 
 
 # What changes how fast a tower runs or what training does, and not what it computes.

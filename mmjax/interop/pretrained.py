@@ -106,8 +106,8 @@ def _config_of(folder: store.Folder, tensors: Mapping[str, Json] | None = None) 
 
 
 def _tokenizer_of(folder: store.Folder, config: ConfigDict) -> tokenizers.Tokenizer | None:
-    has_one = "text" in config.model.encoders and any(map(folder.has, tokenizers.FILES))
-    return tokenizers.load(folder.path) if has_one else None
+    family, theirs = family_of(folder)
+    return family.read_tokenizer(folder, theirs) if "text" in config.model.encoders else None
 
 
 def save(
@@ -129,7 +129,10 @@ def save(
     chosen = _fitting(config, family)
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty")
-    files = {chosen.settings: chosen.to_theirs(config), **chosen.files(config)}
+    settings = chosen.to_theirs(config)
+    if tokenizer is not None:
+        settings = chosen.name_tokenizer(settings, tokenizer)
+    files = {chosen.settings: settings, **chosen.files(config)}
     contents = {name: (json.dumps(content, indent=2) + "\n").encode() for name, content in files.items()}
     if tokenizer is not None:
         contents |= tokenizer_files.contents(tokenizer, config.model.encoders.text.length, chosen.name)

@@ -4,16 +4,18 @@ from typing import Any
 
 from mmjax.config import suggest
 from mmjax.errors import UserError
-from mmjax.interop import beit, bert, blip, clip, dinov2, siglip, vit, whisper
+from mmjax.interop import beit, bert, blip, clip, dinov2, open_clip, siglip, vit, whisper
 from mmjax.interop.family import Family
 from mmjax.interop.store import Folder
 
-# A new family is a file here and a line below. The name is the `model_type` of its config.json.
+# A new family is a file here and a line below. The name is the `model_type` of its config.json. Where a model fits more
+# than one, the first is what it is saved as.
 FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
         clip.FAMILY,
         *siglip.FAMILIES,
+        open_clip.FAMILY,
         vit.FAMILY,
         beit.FAMILY,
         dinov2.FAMILY,
@@ -22,6 +24,8 @@ FAMILIES: dict[str, Family] = {
         whisper.FAMILY,
     )
 }
+# Where transformers' weights are, with config.json beside them.
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 # What is read of a folder beside its settings, and what each holds.
 FILES: dict[str, type] = {
     "preprocessor_config.json": dict,
@@ -38,11 +42,15 @@ FILES: dict[str, type] = {
 def family_of(folder: Folder) -> tuple[Family, dict[str, Any]]:
     """The family of a folder's model, and the model's settings there.
 
+    Many folders have a model in two layouts, transformers' and open_clip's: the first is read if its weights are there.
+
     Raises:
       UserError: it has no settings, or its family is unknown.
     """
-    settings = folder.read_json("config.json")
-    kind = settings.get("model_type")
+    own = folder.read_json("config.json", optional=folder.has(open_clip.FAMILY.settings))
+    kind = own.get("model_type")
+    if folder.has(open_clip.FAMILY.settings) and not (kind in FAMILIES and any(map(folder.has, _WEIGHTS))):
+        return open_clip.FAMILY, folder.read_json(open_clip.FAMILY.settings)
     if kind not in FAMILIES:
         raise UserError(f"{folder.name}: config.json is of a {kind!r} model; {suggest(str(kind), FAMILIES)}")
-    return FAMILIES[kind], settings
+    return FAMILIES[kind], own

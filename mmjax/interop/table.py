@@ -84,11 +84,18 @@ def norm(ours: str, theirs: str) -> Iterator[Row]:
     yield Row(f"{ours}/bias", f"{theirs}.bias")
 
 
-def fused(ours: str, theirs: str, suffixes: tuple[str, str] = (".weight", ".bias")) -> Iterator[Row]:
-    """The rows of query, key and value where they are one tensor there, with these ends of its name."""
-    for index, name in enumerate(("query", "key", "value")):
-        yield Row(f"{ours}/{name}/kernel", theirs + suffixes[0], TRANSPOSED, (index, 3))
-        yield Row(f"{ours}/{name}/bias", theirs + suffixes[1], SAME, (index, 3))
+def fused(
+    ours: str,
+    theirs: str,
+    suffixes: tuple[str, str] = (".weight", ".bias"),
+    names: tuple[str, ...] = ("query", "key", "value"),
+) -> Iterator[Row]:
+    """The rows of query, key and value (or of these `names`) where they are one tensor there, with these ends of its
+    name.
+    """
+    for index, name in enumerate(names):
+        yield Row(f"{ours}/{name}/kernel", theirs + suffixes[0], TRANSPOSED, (index, len(names)))
+        yield Row(f"{ours}/{name}/bias", theirs + suffixes[1], SAME, (index, len(names)))
 
 
 def _layers(row: Row, shape: tuple[int, ...]) -> list[str]:
@@ -135,9 +142,14 @@ def check(table: Table, shapes: PyTree, tensors: Tensors, source: str, family: s
     todays = todays_names(table, known)
     there = {name: known[own][0] for name, own in todays.items()}
     wanted = expected(table, shapes)
+    numbers = ((), (1,))  # some files have one for the other
     wanted_too = wanted | {name: wanted[other] for name, other in table.tied.items() if name in there}
     unknown = [name for name in there if name not in wanted_too and not _is_ignored(table, name)]
-    wrong = {name: shape for name, shape in wanted_too.items() if name in there and there[name] != shape}
+    wrong = {
+        name: shape
+        for name, shape in wanted_too.items()
+        if name in there and there[name] != shape and not (there[name] in numbers and shape in numbers)
+    }
     faults = {
         "missing": [name for name in wanted if name not in there],
         "unknown": unknown,
@@ -202,7 +214,7 @@ def read(
                 if LAYER in row.theirs:
                     known[key] = np.stack([layer(row, name)[index[1:]] for name in names[index[0]]])
                 else:
-                    known[key] = layer(row, names[0])[index]
+                    known[key] = layer(row, names[0]).reshape(target.shape)[index]  # [1] may stand for []
             return known[key]
 
         return jax.make_array_from_callback(target.shape, sharding, part)

@@ -4,8 +4,9 @@ import base64
 import json
 from typing import Any
 
-from mmjax.data.text import SentencePieceTokenizer, Tokenizer
+from mmjax.data.text import FILES, SentencePieceTokenizer, Tokenizer, load
 from mmjax.errors import UserError
+from mmjax.interop.store import Folder
 
 # The classes that read sentencepiece models, by how a text is cleaned, and their settings. T5's is the plain one.
 _SENTENCEPIECE = {
@@ -15,6 +16,11 @@ _SENTENCEPIECE = {
 }
 
 _CLASSIFYING = ("bert", "blip")  # families whose texts begin with a token for classification, and end with a separator
+
+
+def read(folder: Folder) -> Tokenizer | None:
+    """The tokenizer of a folder of Hugging Face; None where there is none."""
+    return load(folder.path) if any(map(folder.has, FILES)) else None
 
 
 def contents(tokenizer: Tokenizer, length: int, family: str) -> dict[str, bytes]:
@@ -47,7 +53,9 @@ def contents(tokenizer: Tokenizer, length: int, family: str) -> dict[str, bytes]
         ends = {"add_bos_token": bool(layout["before"]), "add_eos_token": bool(layout["after"])}
         settings |= {"tokenizer_class": "Siglip2Tokenizer", **ends}
     first, last = ("cls", "sep") if family in _CLASSIFYING else ("bos", "eos")
-    special = {"pad": tokenizer.pad_id, first: tokenizer.start_id, last: tokenizer.end_id, "mask": tokenizer.mask_id}
+    # A padding token becomes a special one there: a piece of text, as it is in open_clip's vocabulary, must not.
+    pad_id = tokenizer.pad_id if tokenizer.pad_id in added else tokenizer.end_id
+    special = {"pad": pad_id, first: tokenizer.start_id, last: tokenizer.end_id, "mask": tokenizer.mask_id}
     settings |= {f"{name}_token": names[index] for name, index in special.items() if index in names}
     return {
         "tokenizer.json": json.dumps(definition, ensure_ascii=False).encode(),

@@ -7,31 +7,12 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from mmjax.models.attention import Attention
+from mmjax.models.pooling import Queries
 from mmjax.models.text import TextEmbed, TokenHead
-from mmjax.models.transformer import PRE_NORM, Style, Transformer, layer_norm
+from mmjax.models.transformer import PRE_NORM, Style, Transformer
 
 READS = ("embedding", "text")
 IMAGE_INPUTS = ("cross", "prefix")
-
-
-class Queries(nn.Module):
-    """Pools an image's tokens into a fixed number, by attention of as many learned queries (CoCa, Yu et al. 2022,
-    section 3.2).
-    """
-
-    count: int
-    width: int
-    heads: int
-    dtype: jnp.dtype = jnp.float32
-    style: Style = PRE_NORM
-
-    @nn.compact
-    def __call__(self, image: Float[Array, "batch tokens embed"]) -> Float[Array, "batch queries embed2"]:
-        probe = self.param("probe", nn.initializers.normal(self.width**-0.5), (self.count, self.width))
-        queries = jnp.broadcast_to(probe.astype(self.dtype), (image.shape[0], *probe.shape))
-        pooled = Attention(self.heads, self.dtype, name="attention")(queries, context=image)
-        return layer_norm("norm", self.dtype, self.style)(pooled)
 
 
 class Decoder(nn.Module):
@@ -40,8 +21,9 @@ class Decoder(nn.Module):
     `reads` is "embedding": ids through an embedding of its own ("Image Captioners Are Scalable Vision Learners Too",
     Tschannen et al. 2023, Cap), or "text": the causal text tower's tokens (CoCa, Yu et al. 2022, section 3.2). `image`
     is "cross": cross-attention in every layer, or "prefix": the image's tokens stand before the text's in the same
-    sequence. A learned `start` vector stands before the first token, unless texts begin with a start token; then
-    `start_id`, where it is an id, is read in its place (BLIP, Li et al. 2022, section 3.1).
+    sequence; without `image_class_token` the first of them is left out. A learned `start` vector stands before the
+    first token, unless texts begin with a start token; then `start_id`, where it is an id, is read in its place (BLIP,
+    Li et al. 2022, section 3.1).
 
     A sequence position ("slot") predicts the token after it: slot 0 is `start`, or else the first token.
     """
@@ -62,7 +44,8 @@ class Decoder(nn.Module):
         if config["parallel"]:
             self.mask_token = self.param("mask_token", init, (1, width))
         if config["image_queries"]:
-            self.image_queries = Queries(config["image_queries"], width, config["heads"], self.dtype, self.style)
+            heads, norm = config["query_heads"] or config["heads"], config["query_norm"]
+            self.image_queries = Queries(config["image_queries"], width, heads, self.dtype, self.style, norm)
         if config["image"] == "prefix":
             self.image_projection = nn.Dense(width, use_bias=False, dtype=self.dtype)
         self.transformer = Transformer(
@@ -74,6 +57,7 @@ class Decoder(nn.Module):
             self.dtype,
             config["image"] == "cross",
             self.style,
+            cross_mlp=config["cross_mlp"],
         )
         self.token_head = TokenHead(self.vocab_size, config["transform"], self.dtype, self.style, config["head_bias"])
 
@@ -121,6 +105,7 @@ class Decoder(nn.Module):
         return jnp.concatenate([start, tokens], axis=1)
 
     def _image(self, image: Array) -> Array:
+        image = image if self.config["image_class_token"] else image[:, 1:]
         image = self.image_queries(image) if self.config["image_queries"] else image
         return self.image_projection(image) if self.config["image"] == "prefix" else image
 

@@ -20,7 +20,7 @@ from mmjax.models.audio import AudioEmbed
 from mmjax.models.decoder import Decoder
 from mmjax.models.fusion import Fusion
 from mmjax.models.patch import PatchEmbed, normalize
-from mmjax.models.pooling import Pool
+from mmjax.models.pooling import Pool, Queries
 from mmjax.models.position import ImagePosition, Relative, RelativePosition
 from mmjax.models.text import TextEmbed, TokenHead
 from mmjax.models.token_drop import drop_tokens, kept_places
@@ -36,6 +36,11 @@ def tower_size(encoder: Mapping[str, Any]) -> variants.Size:
     """The dimensions of a tower: those of its variant, where the config does not set its own."""
     named = variants.parse(encoder["variant"])[0]
     return variants.Size(*(encoder[name] or getattr(named, name) for name in variants.Size._fields))
+
+
+def output_width(encoder: Mapping[str, Any]) -> int:
+    """How wide the tokens are that a tower returns."""
+    return encoder.get("query_width", 0) or tower_size(encoder).width
 
 
 def audio_samples(encoder: Mapping[str, Any]) -> int:
@@ -91,9 +96,12 @@ def _transformer(
 
 
 def _pool(encoder: Mapping[str, Any], dtype: jnp.dtype) -> Pool:
-    size = tower_size(encoder)
-    class_token, norm, dense = encoder.get("class_token", False), encoder["pool_norm"], encoder["pool_dense"]
-    return Pool(encoder["pooling"], size.heads, size.mlp_dim, dtype, style_of(encoder), class_token, norm, dense)
+    size, settings = tower_size(encoder), (encoder["pool_norm"], encoder["pool_dense"])
+    heads = size.heads
+    if encoder["pooling"] == "query":
+        heads, settings = encoder["query_heads"] or heads, (*settings, encoder["query_norm"])
+    style, class_token = style_of(encoder), encoder.get("class_token", False)
+    return Pool(encoder["pooling"], heads, size.mlp_dim, dtype, style, class_token, *settings)
 
 
 class ImageEncoder(nn.Module):
@@ -128,6 +136,10 @@ class ImageEncoder(nn.Module):
         self.transformer = _transformer(
             config, self.dtype, relative=self.relative if config["relative_position"] == "layer" else None
         )
+        if config["queries"]:
+            style, norm = style_of(config), config["query_norm"]
+            query_heads = config["query_heads"] or heads
+            self.queries = Queries(config["queries"], output_width(config), query_heads, self.dtype, style, norm)
         self.pool = _pool(config, self.dtype)
 
     def __call__(
@@ -162,7 +174,8 @@ class ImageEncoder(nn.Module):
         if rng is not None and config["token_drop"]:
             x = drop_tokens(x, rng, config["token_drop"], always_kept=int(self.has_class_token))
         bias = self.relative_position() if config["relative_position"] == "shared" else None
-        return self.transformer(x, bias=bias), None
+        x = self.transformer(x, bias=bias)
+        return self.queries(x) if config["queries"] else x, None
 
     def _of_patches(
         self, patches: UInt8[Array, "batch tokens values"], shape: Int[Array, "batch 2"]
@@ -178,6 +191,9 @@ class ImageEncoder(nn.Module):
 class TextEncoder(nn.Module):
     """A text Transformer over token ids. Fields: `mmjax.config.text_encoder`.
 
+    A `class_token` stands after the text, the last of the tower's tokens. With `shifted_mask` the mask of padding
+    begins with its place instead of ending with it: a token may be attended to if the id before it is no padding.
+
     With a key for each row (in training), `token_drop` of the tokens are left out, padding first. With `cross` its
     layers attend to a context too, where they are given one.
     """
@@ -189,7 +205,10 @@ class TextEncoder(nn.Module):
     def setup(self):
         config, width = self.config, tower_size(self.config).width
         style, types = style_of(config), config["token_types"]
-        self.embed = TextEmbed(config["vocab_size"], positions_of(config), width, self.dtype, style, types)
+        places = positions_of(config) + config["class_token"]
+        self.embed = TextEmbed(config["vocab_size"], places, width, self.dtype, style, types)
+        if config["class_token"]:
+            self.class_token = self.param("class_token", nn.initializers.normal(0.01), (1, width))
         self.transformer = _transformer(config, self.dtype, self.cross)
         self.pool = _pool(config, self.dtype)
 
@@ -207,6 +226,11 @@ class TextEncoder(nn.Module):
         elif config["pooling"] == "eos":  # up to the first end token; what comes after it is padding, whatever its id
             ends = (text == config["end_id"]).astype(jnp.int32)
             valid = jnp.cumsum(ends, axis=1) - ends == 0
+        if config["class_token"]:
+            x = jnp.concatenate([x, self._class_tokens(*text.shape)], axis=1)
+            if valid is not None:
+                own = jnp.ones((len(text), 1), bool)
+                valid = jnp.concatenate([own, valid] if config["shifted_mask"] else [valid, own], axis=1)
         if rng is not None and config["token_drop"]:
             places = kept_places(rng, x.shape[1], config["token_drop"], int(config["pooling"] == "cls"), valid)
             x = jnp.take_along_axis(x, places[..., None], axis=1)
@@ -216,6 +240,10 @@ class TextEncoder(nn.Module):
             causal = jnp.tril(jnp.ones((1, 1, x.shape[1], x.shape[1]), bool))
             mask = causal if mask is None else mask & causal
         return self.transformer(x, mask, context), valid
+
+    def _class_tokens(self, batch: int, length: int) -> Float[Array, "batch 1 embed"]:
+        token = self.embed.blank(self.class_token, 1, first=length)
+        return jnp.broadcast_to(token, (batch, *token.shape[1:]))
 
     def empty_cache(self, batch: int, length: int) -> PyTree[Array]:
         """What `step` starts from, for texts of this length at most."""
@@ -259,11 +287,19 @@ ENCODERS = {"image": ImageEncoder, "text": TextEncoder, "audio": AudioEncoder}
 
 
 class Text(NamedTuple):
-    """A batch of texts: ids, the tower's tokens of them (None where nobody reads them), which are no padding."""
+    """A batch of texts: ids, the tower's tokens of them (None where nobody reads them), which are no padding.
+
+    A class token may follow the others; nothing but the tower's own pooling reads it.
+    """
 
     ids: Int[Array, "batch length"]
-    tokens: Float[Array, "batch length embed"] | None
-    valid: Bool[Array, "batch length"] | None
+    tokens: Float[Array, "batch tokens embed"] | None
+    valid: Bool[Array, "batch tokens"] | None
+
+    def without_class_token(self) -> "Text":
+        """The ids' tokens alone."""
+        length = self.ids.shape[1]
+        return Text(self.ids, *(None if each is None else each[:, :length] for each in self[1:]))
 
 
 class MultimodalModel(nn.Module):
@@ -297,12 +333,13 @@ class MultimodalModel(nn.Module):
         self.logit_scale = self.param("logit_scale", nn.initializers.constant(np.log(scale)), ())
         self.logit_bias = self.param("logit_bias", nn.initializers.constant(bias), ())
         text = self.config["encoders"].get("text")
+        style = style_of(text)._replace(final_norm=True) if text else None  # whatever is read of the text tower
         if "fusion" in self.parts:
             config = part_size(self.config["fusion"], tower_size(text))
-            self.fusion = Fusion(config, text["vocab_size"], self.dtype, style_of(text))
+            self.fusion = Fusion(config, text["vocab_size"], self.dtype, style)
         if "decoder" in self.parts:
             config = part_size(self.config["decoder"], tower_size(text)) | {"parallel": self.parallel}
-            self.decoder = Decoder(config, text["vocab_size"], positions_of(text), self.dtype, style_of(text))
+            self.decoder = Decoder(config, text["vocab_size"], positions_of(text), self.dtype, style)
         if "classifier" in self.parts:
             self.classifier = nn.Dense(len(self.config["classifier"]["labels"]), dtype=jnp.float32)
         if "image_tokens" in self.parts:
@@ -358,6 +395,7 @@ class MultimodalModel(nn.Module):
 
     def match(self, text: Text, image: Float[Array, "batch tokens embed"]) -> Float[Array, "batch 2"]:
         """Logits of "does not belong" and "belongs" for pairs of a text and an image's tokens."""
+        text = text.without_class_token()
         return self.fusion.match(self._fuse(text, image), text.valid)
 
     def predict(
@@ -375,6 +413,7 @@ class MultimodalModel(nn.Module):
     def _fuse(self, text: Text, image: Array | None) -> Array:
         if self.tower_reads:
             return self.towers["text"](text.ids, context=image)[0]
+        text = text.without_class_token()
         if self.config["fusion"]["reads"] == "embedding":
             return self.fusion(self.towers["text"].embed(text.ids), text.valid, image)
         return self.fusion(text.tokens, text.valid, image)
@@ -386,7 +425,7 @@ class MultimodalModel(nn.Module):
         parallel: Bool[Array, " batch"] | None = None,
     ) -> Float[Array, "batch slots vocab"]:
         """The decoder's logits: see `Decoder`."""
-        reads_ids = self.config["decoder"]["reads"] == "embedding"
+        text, reads_ids = text.without_class_token(), self.config["decoder"]["reads"] == "embedding"
         return self.decoder(text.ids if reads_ids else text.tokens, image, parallel)
 
     def begin_caption(

@@ -7,7 +7,37 @@ from jaxtyping import Array, Bool, Float
 from mmjax.models.attention import Attention, explained, is_explained
 from mmjax.models.transformer import PRE_NORM, Mlp, Style, layer_norm
 
-POOLINGS = ("mean", "cls", "map", "last", "eos")
+POOLINGS = ("mean", "cls", "map", "query", "last", "eos")
+QUERY_NORMS = ("output", "input", "both")
+
+
+class Queries(nn.Module):
+    """Pools tokens into a fixed number, by attention of as many learned queries (CoCa, Yu et al. 2022, section 3.2).
+
+    `norm` says what is normalised: "output", what the attention returns; "input", the queries and what they read;
+    "both". open_clip's models have the latter two.
+    """
+
+    count: int
+    width: int
+    heads: int
+    dtype: jnp.dtype = jnp.float32
+    style: Style = PRE_NORM
+    norm: str = "output"
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "batch tokens embed"], valid: Bool[Array, "batch tokens"] | None = None
+    ) -> Float[Array, "batch queries embed2"]:
+        probe = self.param("probe", nn.initializers.normal(self.width**-0.5), (self.count, self.width))
+        queries = probe.astype(self.dtype)
+        if self.norm != "output":
+            queries = layer_norm("query_norm", self.dtype, self.style)(queries)
+            x = layer_norm("input_norm", self.dtype, self.style)(x)
+        queries = jnp.broadcast_to(queries, (x.shape[0], *probe.shape))
+        mask = None if valid is None else valid[:, None, None, :]
+        pooled = Attention(self.heads, self.dtype, name="attention")(queries, context=x, mask=mask)
+        return pooled if self.norm == "input" else layer_norm("norm", self.dtype, self.style)(pooled)
 
 
 class Pool(nn.Module):
@@ -17,10 +47,11 @@ class Pool(nn.Module):
     - cls: the first token;
     - last: the last position (padding is part of the input there, as in SigLIP's text tower);
     - eos: the last token that `valid` marks, which is the end of the text (CLIP, Radford et al. 2021, section 2.4);
-    - map: attention pooling with one learned query ("Scaling Vision Transformers", Zhai et al. 2022).
+    - map: attention pooling with one learned query ("Scaling Vision Transformers", Zhai et al. 2022);
+    - query: the same without its MLP, as `Queries` with `query_norm` (CoCa).
 
-    With `class_token` the mean leaves the first token out. `norm` normalises what is pooled (BEiT), and `dense` is a
-    layer with a hyperbolic tangent after that (BERT's "pooler").
+    `heads` are the attention's. With `class_token` the mean leaves the first token out. `norm` normalises what is
+    pooled (BEiT), and `dense` is a layer with a hyperbolic tangent after that (BERT's "pooler").
     """
 
     kind: str
@@ -31,6 +62,7 @@ class Pool(nn.Module):
     class_token: bool = False
     norm: bool = False
     dense: bool = False
+    query_norm: str = "output"
 
     @nn.compact
     def __call__(
@@ -62,6 +94,9 @@ class Pool(nn.Module):
             weights = valid.astype(x.dtype)[..., None]
             return (x * weights).sum(axis=1) / jnp.maximum(weights.sum(axis=1), 1)
         batch, _, width = x.shape
+        if self.kind == "query":
+            queries = Queries(1, width, self.heads, self.dtype, self.style, self.query_norm, name="queries")
+            return queries(x, valid)[:, 0]
         probe = self.param("probe", nn.initializers.xavier_uniform(), (1, width)).astype(x.dtype)
         query = jnp.broadcast_to(probe, (batch, 1, width))
         mask = None if valid is None else valid[:, None, None, :]

@@ -39,9 +39,9 @@ class TextEmbed(nn.Module):
         tokens = self.table().take(ids, axis=0).astype(self.dtype)
         return self._finish(tokens + self._positions(first, ids.shape[1]))
 
-    def blank(self, token: Float[Array, "1 embed"], length: int) -> Float[Array, "1 tokens embed"]:
-        """A sequence of one vector in place of all ids."""
-        return self._finish((token.astype(self.dtype) + self._positions(0, length))[None])
+    def blank(self, token: Float[Array, "1 embed"], length: int, first: int = 0) -> Float[Array, "1 tokens embed"]:
+        """A sequence of one vector in place of all ids; `first` as above."""
+        return self._finish((token.astype(self.dtype) + self._positions(first, length))[None])
 
     def table(self) -> Float[Array, "vocab embed"] | QuantizedArray:
         """The embedding of every id."""

@@ -84,6 +84,9 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """One block: self-attention, where `cross` is set attention to a context, then the MLP, each added to its input.
 
+    With `cross_mlp` the attention to the context comes after the MLP, its context is normalised, and an MLP of its own
+    follows it: the layers of open_clip's CoCa.
+
     `cache` holds the keys and values of both attentions, `self` and `cross`; those of the context are computed once,
     where they are missing. Returns the tokens and the cache.
 
@@ -96,6 +99,7 @@ class Block(nn.Module):
     cross: bool = False
     style: Style = PRE_NORM
     relative: Relative | None = None
+    cross_mlp: bool = False
 
     @nn.compact
     def __call__(
@@ -121,21 +125,22 @@ class Block(nn.Module):
 
         def attend_to_context(name: str, tokens: Array) -> Array:
             attention = Attention(self.heads, self.dtype, self.style.key_bias, name=name)
+            read = context
+            if self.cross_mlp and context is not None:
+                read = layer_norm("norm_context", self.dtype, self.style)(context)
             if cache is None:
-                return attention(tokens, context=context)
-            out, kept["cross"] = attention(tokens, context=context, cache=cache.get("cross", {}))
+                return attention(tokens, context=read)
+            out, kept["cross"] = attention(tokens, context=read, cache=cache.get("cross", {}))
             return out
 
-        layers = [("norm1", "attention", attend)]
+        def process(name: str, tokens: Array) -> Array:
+            return Mlp(self.mlp_dim, self.dtype, self.style.activation, self.style.gated, name=name)(tokens)
+
+        layers = [("norm1", "attention", attend), ("norm2", "mlp", process)]
         if self.cross and (context is not None or (cache is not None and "cross" in cache)):
-            layers.append(("norm_cross", "cross_attention", attend_to_context))
-        layers.append(
-            (
-                "norm2",
-                "mlp",
-                lambda name, y: Mlp(self.mlp_dim, self.dtype, self.style.activation, self.style.gated, name=name)(y),
-            )
-        )
+            layers.insert(2 if self.cross_mlp else 1, ("norm_cross", "cross_attention", attend_to_context))
+            if self.cross_mlp:
+                layers.append(("norm_cross_mlp", "cross_mlp", process))
         for norm_name, name, layer in layers:
             norm = layer_norm(norm_name, self.dtype, self.style)
             pre = self.style.norm == "pre"
@@ -164,6 +169,7 @@ class Transformer(nn.Module):
     cross: bool = False
     style: Style = PRE_NORM
     relative: Relative | None = None
+    cross_mlp: bool = False
 
     @nn.compact
     def __call__(
@@ -188,7 +194,8 @@ class Transformer(nn.Module):
                 length=self.depth,
                 unroll=self.unroll or self.depth,
             )
-            blocks = block(self.heads, self.mlp_dim, self.dtype, self.cross, self.style, self.relative, name="blocks")
+            block_style = (self.cross, self.style, self.relative, self.cross_mlp)
+            blocks = block(self.heads, self.mlp_dim, self.dtype, *block_style, name="blocks")
             x, kept = stack(blocks, x, cache, mask, context, position, bias)
         if self.style.norm == "pre" and self.style.final_norm:
             x = layer_norm("norm", self.dtype, self.style)(x)

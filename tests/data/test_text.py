@@ -11,7 +11,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from mmjax.data import clip_bpe, openmoji, records, text, words
+from mmjax.data import openmoji, records, text, words
+from mmjax.data.text_layout import CLEANERS
 from mmjax.errors import UserError
 from tests.data.make_goldens_text import FOLDER, SENTENCES, write
 from tests.interop import whispers
@@ -373,7 +374,7 @@ def test_padding_of_a_bare_tokenizer_json(trained, tmp_path):
     ],
 )
 def test_open_clip_texts_are_cleaned(written, plain):
-    assert clip_bpe.open_clip_text(written) == plain
+    assert CLEANERS["open_clip"](written) == plain
 
 
 def test_faults_are_clear_errors(tmp_path, sentencepiece_model, golden_paths):
