@@ -176,7 +176,10 @@ class Model:
         """
         if len(images) != len(texts):
             raise UserError(f"{len(images)} images and {len(texts)} texts are no pairs")
+        self.needs("matching", "match images and texts")
         ids, rows = self.token_ids(texts), np.arange(len(images))
+        if self.config.model.fusion.pooling != "last":
+            ids = self._without_padding(ids)
         return 1 / (1 + np.exp(-self.match_rows(rows, rows, self._loader(images), lambda rows: ids[rows])))
 
     def match_rows(
@@ -315,7 +318,10 @@ class Model:
         several = [texts] if isinstance(texts, str) else list(texts)
         if images is not None and len(images) != len(several):
             raise UserError(f"{len(images)} images and {len(several)} texts are no pairs")
-        found = language.fill_mask(self, several, None if images is None else self._loader(images), top_k)
+        self.needs("masked", "fill in hidden tokens")
+        load_images = None if images is None else self._loader(images)
+        ids = self._without_padding(self.token_ids(several))
+        found = language.fill_mask(self, several, ids, load_images, top_k)
         return found[0] if isinstance(texts, str) else found
 
     def _prompts(self, prompts: Sequence[str], max_new_tokens: int) -> tuple[np.ndarray, np.ndarray]:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Int, PyTree
 
 from mmjax.errors import UserError
 from mmjax.models.multimodal import MultimodalModel, Text
@@ -21,14 +21,17 @@ Candidates = list[tuple[str, float]]  # tokens and their probabilities, the like
 
 
 def fill_mask(
-    model: "Model", texts: Sequence[str], load_images: Callable[[np.ndarray], np.ndarray] | None, top_k: int
+    model: "Model",
+    texts: Sequence[str],
+    ids: Int[np.ndarray, "texts length"],
+    load_images: Callable[[np.ndarray], np.ndarray] | None,
+    top_k: int,
 ) -> list[list[Candidates]]:
     """For each text, for each of its mask tokens, what it may be: see `Model.fill_mask`.
 
-    `load_images` gives the pixels of each text's image, by its number.
+    `ids` are those of the texts; `load_images` gives the pixels of each text's image, by its number.
     """
-    model.needs("masked", "fill in hidden tokens")
-    ids, mask_id = model.token_ids(texts), model.tokenizer.mask_id
+    mask_id = model.tokenizer.mask_id
     if mask_id is None:
         raise UserError("the tokenizer has no mask token, so a text cannot say what is hidden in it")
     if not 1 <= top_k <= model.config.model.encoders.text.vocab_size:
@@ -36,7 +39,8 @@ def fill_mask(
     places = [np.flatnonzero(row == mask_id) for row in ids]
     for text, own in zip(texts, places, strict=True):
         if not len(own):
-            raise UserError(f"{text[:60]!r} has no mask token within the {ids.shape[1]} tokens that the model reads")
+            length = model.config.model.encoders.text.length
+            raise UserError(f"{text[:60]!r} has no mask token within the {length} tokens that the model reads")
     if not places:
         return []
     widest = max(map(len, places))
