@@ -97,12 +97,19 @@ def could_be_elsewhere(source: str | Path) -> bool:
 def _config_of(folder: store.Folder, tensors: Mapping[str, Json] | None = None) -> tuple[Family, ConfigDict]:
     family, theirs = family_of(folder)
     try:
-        files = {name: folder.read_json(name, optional=True, kind=kind) for name, kind in FILES.items()}
-        return family, family.to_config(theirs, files | (tensors or {}))
+        return family, family.to_config(theirs, _files_of(folder) | (tensors or {}))
     except UserError as error:
         raise UserError(f"{folder.name}: {error}") from None
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{folder.name}: {family.settings} is no {family.name} model's: {one_line(error)}") from error
+
+
+def _files_of(folder: store.Folder) -> dict[str, Json]:
+    """The files that families read. What a processor saves by itself, transformers 5 saves inside the file of all."""
+    files = {name: folder.read_json(name, optional=True, kind=kind) for name, kind in FILES.items()}
+    inside = (files["processor_config.json"].get(name) for name in ("image_processor", "feature_extractor"))
+    files["preprocessor_config.json"] = next(filter(None, inside), files["preprocessor_config.json"])
+    return files
 
 
 def _tokenizer_of(folder: store.Folder, config: ConfigDict) -> tokenizers.Tokenizer | None:

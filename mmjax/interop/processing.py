@@ -23,7 +23,7 @@ def read(processor: Mapping[str, Any], size: int, default: Mapping[str, Any], an
     Raises:
       UserError: the images are read in a way that ours are not.
     """
-    found = dict(default)
+    found, processor = dict(default), {key: value for key, value in processor.items() if value is not None}
     for ours, theirs in (("mean", "image_mean"), ("std", "image_std")):
         if theirs in processor:
             values = processor[theirs]

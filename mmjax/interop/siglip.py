@@ -71,7 +71,7 @@ def naflex_to_config(theirs: Json, files: Mapping[str, Json]) -> ConfigDict:
     """Our config of a SigLIP 2 model for images of any shape."""
     config, vision = _to_config(theirs)
     processor, patch = files.get("preprocessor_config.json", {}), vision["patch_size"]
-    if processor.get("patch_size", patch) != patch:
+    if (processor.get("patch_size") or patch) != patch:
         raise UserError(f"preprocessor_config.json: patches of {processor['patch_size']} pixels for a model of {patch}")
     side = round(vision["num_patches"] ** 0.5)
     if side**2 != vision["num_patches"]:
@@ -84,6 +84,8 @@ def naflex_to_config(theirs: Json, files: Mapping[str, Json]) -> ConfigDict:
 
 
 def _to_theirs(config: ConfigDict, kind: str, name: str, vision: Mapping[str, int]) -> dict[str, Any]:
+    from mmjax.models.multimodal import positions_of
+
     image, text = config.model.encoders.image, config.model.encoders.text
     return {
         "model_type": kind,
@@ -95,7 +97,7 @@ def _to_theirs(config: ConfigDict, kind: str, name: str, vision: Mapping[str, in
         | {
             "model_type": f"{kind}_text_model",
             "vocab_size": text.vocab_size,
-            "max_position_embeddings": text.length,
+            "max_position_embeddings": positions_of(text),
             "projection_size": config.model.embed_dim,
         },
     }

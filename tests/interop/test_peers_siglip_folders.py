@@ -107,6 +107,10 @@ def test_the_exported_folder_gives_what_ours_does(name, tmp_path):
     np.testing.assert_array_equal(model.token_ids(texts.SENTENCES), ids)
     if name != "fixed":  # there transformers keeps capitals: see `mmjax.data.text`
         np.testing.assert_array_equal(ids_by(transformers.AutoProcessor.from_pretrained(tmp_path / "in")), ids)
+    theirs.save_pretrained(tmp_path / "saved")  # with the image processor in processor_config.json
+    processor.save_pretrained(tmp_path / "saved")
+    assert api.load_config(tmp_path / "saved").to_dict() == model.config.to_dict()
+    np.testing.assert_array_equal(api.load_tokenizer(tmp_path / "saved").encode(texts.SENTENCES, 16), ids)
     again = api.load(tmp_path / "out")
     np.testing.assert_array_equal(again.token_ids(texts.SENTENCES), ids)
     assert again.config.to_dict() == model.config.to_dict()

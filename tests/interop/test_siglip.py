@@ -260,6 +260,18 @@ def test_robustness_and_explanations_want_images_of_one_size(tmp_path):
         explain._views(model, pictures(), keep_shape=False)
 
 
+@pytest.mark.parametrize("kind", SETTINGS)
+def test_the_processor_may_lie_in_the_file_of_all_and_say_nothing(kind, tmp_path):
+    """As `AutoProcessor.save_pretrained` writes it, with null for what its class decides."""
+    model = load(tmp_path, kind)
+    (tmp_path / "preprocessor_config.json").unlink()
+    own = PROCESSORS[kind] | {"image_mean": [0.4, 0.5, 0.6], "size": None, "crop_size": None, "do_center_crop": None}
+    (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": own}))
+    image = api.load(tmp_path).config.model.encoders.image
+    assert image.mean == (0.4, 0.5, 0.6)
+    assert image.to_dict() == model.config.model.encoders.image.to_dict() | {"mean": image.mean}
+
+
 def test_the_recipe_can_be_exported():
     from configs import siglip_b, vit_b
 
