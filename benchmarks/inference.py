@@ -11,13 +11,13 @@ as many threads as there are cores; `..._compiled` is the same through `torch.co
 
     image     `--batch` images
     text      `--batch` texts of 77 tokens
-    caption   `--batch` captions of 8 to 16 tokens. mmjax cuts the padding off by itself; transformers is given the ids as its
-              tokenizer pads them (`padding=True`: to the longest); open_clip takes 77 alone
+    caption   `--batch` captions of 8 to 16 tokens. mmjax cuts the padding off by itself; transformers is given the ids
+              as its tokenizer pads them (`padding=True`: to the longest); open_clip takes 77 alone
 
 Each system lives in a process of its own, is warm before the first round, and waits while another one works; they
-take turns, call by call, `--rounds` times. Rates are medians; a ratio is the median of the rounds' ratios, which a machine
-that gets slower and faster disturbs least. Where other programs take turns on the processors, who has more threads
-gets more of them, and threads that wait for each other lose most; so the ratio of rows per processor second
+take turns, call by call, `--rounds` times. Rates are medians; a ratio is the median of the rounds' ratios, which a
+machine that gets slower and faster disturbs least. Where other programs take turns on the processors, who has more
+threads gets more of them, and threads that wait for each other lose most; so the ratio of rows per processor second
 (`..._per_cpu`) is reported too, and `--cores=0` pins every system to one core.
 
 The peers need packages that mmjax does not: see benchmarks/quickstart.py, and `pip install transformers==5.24.0`.
@@ -139,7 +139,9 @@ def serve(arguments: argparse.Namespace) -> None:
     answers, sys.stdout = sys.stdout, sys.stderr  # for what libraries print
     if arguments.cores:
         os.sched_setaffinity(0, {int(core) for core in arguments.cores.split(",")})
-    system, _, compiled = arguments.only.partition("_compiled") if "compiled" in arguments.only else (arguments.only, "", None)
+    system, _, compiled = (
+        arguments.only.partition("_compiled") if "compiled" in arguments.only else (arguments.only, "", None)
+    )
     encoders = MAKERS[system](arguments.activation, compiled is not None)
     inputs = make_inputs(arguments.batch)
     if system != "mmjax":
@@ -183,7 +185,10 @@ def make_mmjax(activation: str, compiled: bool) -> dict[str, Encode]:
     from mmjax.interop import clip
     from mmjax.sharding.mesh import make_mesh
 
-    theirs = {"vision_config": {"patch_size": PATCH_SIZE, "hidden_act": activation}, "text_config": {"hidden_act": activation}}
+    theirs = {
+        "vision_config": {"patch_size": PATCH_SIZE, "hidden_act": activation},
+        "text_config": {"hidden_act": activation},
+    }
     config, mesh = clip.to_config(theirs, {}), make_mesh()
     config = configs.completed(config)
     with jax.set_mesh(mesh):
@@ -280,9 +285,7 @@ def summary(rounds: Iterable[Mapping[str, Mapping[str, float]]], batch: int) -> 
             metrics[f"{task}/{system}_{unit[task]}_per_second"] = batch / seconds
         for system in sorted(set(systems) - {own}):
             for measured, ending in (("seconds", ""), ("cpu_seconds", "_per_cpu")):
-                ratios = [
-                    found[f"{system}/{task}"][measured] / found[f"{own}/{task}"][measured] for found in rounds
-                ]
+                ratios = [found[f"{system}/{task}"][measured] / found[f"{own}/{task}"][measured] for found in rounds]
                 metrics[f"{task}/over_{system}{ending}"] = statistics.median(ratios)
     return metrics
 

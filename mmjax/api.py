@@ -33,6 +33,7 @@ from mmjax.training import checkpoint
 from mmjax.validation import check_divides
 
 Embeddings = Float[np.ndarray, "rows embed_dim"]
+Embedding = Float[np.ndarray, " embed_dim"]
 LoadRows = Callable[[np.ndarray], PyTree[np.ndarray]]  # row numbers -> their inputs
 BATCH_SIZE = 256
 SHORTEST = 8  # tokens of a batch of texts
@@ -101,12 +102,14 @@ class Model:
         other.__dict__.update(self.__dict__, params=params, step=step)
         return other
 
-    def encode_image(self, images: Sequence[Any]) -> Embeddings:
-        """Encodes file paths, PIL images, or uint8 arrays [height, width, 3] of any size.
+    def encode_image(self, images: Any) -> Embeddings | Embedding:
+        """Encodes file paths, PIL images, or uint8 arrays [height, width, 3] of any size; several, or one of them.
 
         Raises:
           UserError: a file is missing or is no image, or an array has another shape or type; or the model reads none.
         """
+        if image_ops.is_one(images):
+            return self.encode_image([images])[0]
         return self.encode_rows("image", len(images), self._loader(images))
 
     def _loader(self, images: Sequence[Any]) -> LoadRows:
@@ -114,8 +117,15 @@ class Model:
         reader = Reader.of(self.config.model.encoders.image)
         return lambda indices: reader(image_ops.pixels_of(images[index]) for index in indices)
 
-    def encode_text(self, texts: Sequence[str]) -> Embeddings:
-        """Encodes texts of any length and language; what exceeds the model's length is cut off."""
+    def encode_text(self, texts: str | Sequence[str]) -> Embeddings | Embedding:
+        """Encodes texts of any length and language, several or one; what exceeds the model's length is cut off.
+
+        Raises:
+          UserError: the model reads no texts, or came without a tokenizer.
+        """
+        self.needs("text", "encode texts")
+        if isinstance(texts, str):
+            return self.encode_text([texts])[0]
         ids = self._without_padding(self.token_ids(texts))
         return self.encode_rows("text", len(texts), lambda indices: ids[indices])
 
@@ -145,7 +155,7 @@ class Model:
         return self.tokenizer.encode(list(texts), self.config.model.encoders.text.length)
 
     def similarity(
-        self, image_embeddings: Embeddings, text_embeddings: Embeddings
+        self, image_embeddings: Embeddings | Embedding, text_embeddings: Embeddings | Embedding
     ) -> Float[np.ndarray, "images texts"]:
         """Probabilities, as the model's objective defines them.
 
@@ -153,7 +163,7 @@ class Model:
         each image a distribution over the texts.
         """
         learned = self.logits()
-        logits = learned["logit_scale"] * (image_embeddings @ text_embeddings.T)
+        logits = learned["logit_scale"] * (np.atleast_2d(image_embeddings) @ np.atleast_2d(text_embeddings).T)
         if "sigmoid" in [entry.kind for entry in self.config.objectives.values()]:
             return 1 / (1 + np.exp(-(logits + learned["logit_bias"])))
         exponents = np.exp(logits - logits.max(axis=1, keepdims=True))
@@ -171,12 +181,16 @@ class Model:
         with jax.set_mesh(self.mesh):
             return {name: float(value) for name, value in jax.device_get(self._logits(self.params)).items()}
 
-    def match(self, images: Sequence[Any], texts: Sequence[str]) -> Float[np.ndarray, " pairs"]:
-        """The probability, by the matching head, that text i belongs to image i.
+    def match(self, images: Any, texts: str | Sequence[str]) -> Float[np.ndarray, " pairs"] | float:
+        """The probability, by the matching head, that text i belongs to image i; or of one pair.
 
         Raises:
           UserError: the model was not trained to match; otherwise as `encode_image`.
         """
+        if image_ops.is_one(images) and isinstance(texts, str):
+            return float(self.match([images], [texts])[0])
+        if image_ops.is_one(images) or isinstance(texts, str):
+            raise UserError("one image goes with one text, and several with as many")
         if len(images) != len(texts):
             raise UserError(f"{len(images)} images and {len(texts)} texts are no pairs")
         self.needs("matching", "match images and texts")
@@ -241,13 +255,13 @@ class Model:
         return np.concatenate([*self.batches(run, len(places), loaders, batch_size)])
 
     def caption(
-        self, images: Sequence[Any], prompts: Sequence[str] | None = None, seed: int = 0, **strategy: Any
-    ) -> list[str]:
-        """A text for each image.
+        self, images: Any, prompts: str | Sequence[str] | None = None, seed: int = 0, **strategy: Any
+    ) -> list[str] | str:
+        """A text for each image; or for one image.
 
         Args:
           images: as in `encode_image`.
-          prompts: what each text begins with, which is part of the result.
+          prompts: what each text begins with, which is part of the result; one for one image.
           seed: of sampling.
           strategy: fields of `mmjax.models.generate.Strategy`: `beams` and `length_penalty`, or `temperature`, `top_k`
             and `top_p`; greedy by default. `max_new_tokens` is how many follow the prompt at most, the end token too;
@@ -257,6 +271,8 @@ class Model:
           UserError: the model was not trained to caption, an option is unknown or has no effect, the prompts are not as
             many as the images; otherwise as `encode_image`.
         """
+        if image_ops.is_one(images):
+            return self.caption([images], None if prompts is None else [prompts], seed, **strategy)[0]
         return self.caption_rows(len(images), self._loader(images), prompts, seed=seed, **strategy)
 
     def caption_rows(
@@ -476,11 +492,23 @@ class Model:
     def batches(
         self, run: Callable[..., PyTree], count: int, loaders: dict[str, LoadRows], batch_size: int
     ) -> Iterator[PyTree[np.ndarray]]:
-        """What `run(params, batch)` returns for all rows, batch by batch."""
+        """What `run(params, batch)` returns for all rows, batch by batch. While the devices compute one, the next is
+        loaded.
+        """
+        waiting: list[tuple[slice, PyTree[jax.Array]]] = []
+
+        def finished() -> PyTree[np.ndarray]:
+            rows, result = waiting.pop(0)
+            return jax.tree.map(lambda x: x[: rows.stop - rows.start], distributed.replicated_to_host(result))
+
         for rows, batch in self._placed(count, loaders, batch_size):
             with jax.set_mesh(self.mesh):
-                result = distributed.replicated_to_host(run(self.params, batch))
-            yield jax.tree.map(lambda x, rows=rows: x[: rows.stop - rows.start], result)
+                waiting.append((rows, run(self.params, batch)))
+            if len(waiting) > 1:
+                yield finished()
+                self._on_batch()
+        if waiting:
+            yield finished()
             self._on_batch()
 
     def _placed(

@@ -188,3 +188,15 @@ def test_a_decoder_that_needs_a_start_token_of_the_tokenizer_says_so(openmoji_fo
     config.model.decoder.start = False
     with pytest.raises(UserError, match="the tokenizer has no start token"):
         api.Model(config, {}, one.tokenizer, one.mesh).caption(IMAGES)
+
+
+def test_one_in_is_one_out(openmoji_folder):
+    one = model()
+    image, text = one.encode_image(IMAGES[0]), one.encode_text("a dog")
+    np.testing.assert_allclose(image, one.encode_image(IMAGES[:1])[0], rtol=1e-6)
+    np.testing.assert_allclose(text, one.encode_text(["a dog"])[0], rtol=1e-6)
+    assert image.shape == text.shape == (16,) and one.similarity(image, text).shape == (1, 1)
+    assert one.caption(IMAGES[0], "red") == one.caption(IMAGES[:1], ["red"])[0]
+    assert one.match(IMAGES[0], "a dog") == pytest.approx(one.match(IMAGES[:1], ["a dog"])[0], rel=1e-5)
+    with pytest.raises(UserError, match="one image goes with one text"):
+        one.match(IMAGES, "a dog")

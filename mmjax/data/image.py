@@ -99,6 +99,11 @@ def load_file(path: str) -> Pixels:
         raise UserError(f"{path}: {error}") from None
 
 
+def is_one(images: Any) -> bool:
+    """Whether this is one image, as `pixels_of` takes it, and not several."""
+    return isinstance(images, str | Path | Image.Image) or (isinstance(images, np.ndarray) and images.ndim == 3)
+
+
 def pixels_of(image: Any) -> Pixels:
     """The pixels of a file, a PIL image (transparency is white) or an array.
 

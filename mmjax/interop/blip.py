@@ -7,8 +7,8 @@ agrees with transformers. The temperature of the contrastive loss is in no check
 training started from.
 
 Captions are those of transformers, too, but that padding is never written here; that a search with beams and a
-`length_penalty` divides by another length (see `mmjax.models.generate.Strategy`); and that a prompt in a batch with longer
-ones is not continued after its padding.
+`length_penalty` divides by another length (see `mmjax.models.generate.Strategy`); and that a prompt in a batch with
+longer ones is not continued after its padding.
 """
 
 import math

@@ -102,6 +102,7 @@ def to_config(theirs: Json, files: Mapping[str, Json]) -> ConfigDict:
     vision, text = model["vision_cfg"], _filled("text_cfg", model["text_cfg"], _TEXT)
     config = configs.default()
     config.model.embed_dim = model["embed_dim"]
+    config.model.max_logit_scale = 0.0  # it is clamped in training alone
     scale, bias = model["init_logit_scale"], model["init_logit_bias"]
     config.model.logit_scale = 1 / 0.07 if scale is None else float(f"{math.exp(scale):.12g}")
     config.model.logit_bias = 0.0 if bias is None else float(bias)
