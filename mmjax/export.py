@@ -97,15 +97,19 @@ def check(modality: str, path: str | Path, platforms: Sequence[str], batch_size:
         raise UserError(f'compute: unknown type "{compute}"; {suggest(compute, DTYPES)}')
 
 
+Shape = tuple[int | str, ...]
+
+
 class Input(NamedTuple):
     """What an encoder reads: an array or a dictionary of arrays, the shape of a row and the type of each, and how it is
-    made.
+    made. A size that is left open has a name; `largest` says how large it may be.
     """
 
-    arrays: tuple[tuple[int, ...], str] | dict[str, tuple[tuple[int, ...], str]]
+    arrays: tuple[Shape, str] | dict[str, tuple[Shape, str]]
     reading: dict[str, Any]
+    largest: Mapping[str, int] = {}
 
-    def map(self, make: Callable[[tuple[int, ...], str], Any]) -> Any:
+    def map(self, make: Callable[[Shape, str], Any]) -> Any:
         """The same structure, of what is made of each array's row shape and type."""
         if isinstance(self.arrays, dict):
             return {name: make(*array) for name, array in self.arrays.items()}
@@ -123,9 +127,14 @@ def _image(model: Any) -> Input:
 
 
 def _text(model: Any) -> Input:
+    from mmjax.models.multimodal import ignores_padding
+
     settings = model.config.model.encoders.text
     tokenizer = None if model.tokenizer is None else model.tokenizer.to_json()
-    return Input(((settings.length,), "int32"), {"pad_id": settings.pad_id, "tokenizer": tokenizer})
+    reading = {"length": settings.length, "pad_id": settings.pad_id, "tokenizer": tokenizer}
+    if ignores_padding(settings):
+        return Input((("length",), "int32"), reading, {"length": settings.length})
+    return Input(((settings.length,), "int32"), reading)
 
 
 INPUTS: Mapping[str, Callable[[Any], Input]] = {"image": _image, "text": _text}
@@ -165,9 +174,14 @@ class _Tower(NamedTuple):
         from mmjax.models.attention import portable
         from mmjax.sharding.mesh import make_mesh
 
-        batch = batch_size or jax.export.symbolic_shape("batch")[0]
+        scope = jax.export.SymbolicScope([f"{name} <= {size}" for name, size in self.input.largest.items()])
+
+        def typed(shape: Shape, dtype: str) -> jax.ShapeDtypeStruct:
+            sizes = ", ".join(map(str, (batch_size or "batch", *shape)))
+            return jax.ShapeDtypeStruct(jax.export.symbolic_shape(sizes, scope=scope), dtype)
+
         parameters = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in self.arrays.items()}
-        inputs = self.input.map(lambda shape, dtype: jax.ShapeDtypeStruct((batch, *shape), dtype))
+        inputs = self.input.map(typed)
         with jax.set_mesh(make_mesh(devices=jax.devices()[:1])), portable():
             exported = jax.export.export(jax.jit(self.encode), platforms=platforms)(parameters, inputs)
         return bytes(exported.serialize())
