@@ -23,7 +23,7 @@ from mmjax.errors import UserError
 from mmjax.interop import pretrained
 from mmjax.models.flops import patch_count
 from mmjax.models.generate import Strategy, generate, make_strategy
-from mmjax.models.multimodal import Text, output_width, positions_of
+from mmjax.models.multimodal import Text, ignores_padding, output_width, positions_of
 from mmjax.objectives.captioning import labels_of
 from mmjax.quantization import check_weights, quantized
 from mmjax.sharding import distributed
@@ -132,13 +132,13 @@ class Model:
     def _without_padding(self, ids: Int[np.ndarray, "texts length"]) -> Int[np.ndarray, "texts shorter"]:
         """Ids cut to the next power of two that holds every text, where the tower makes the same of them."""
         encoder = self.config.model.encoders.text
+        if not ignores_padding(encoder):
+            return ids
         if encoder.causal and encoder.pooling == "eos":
             ends = ids == encoder.end_id
             used = np.where(ends.any(axis=1), ends.argmax(axis=1) + 1, ids.shape[1])
-        elif encoder.mask_padding and encoder.pooling != "last":
-            used = np.where(ids != encoder.pad_id, np.arange(1, ids.shape[1] + 1), 0).max(axis=1, initial=0)
         else:
-            return ids
+            used = np.where(ids != encoder.pad_id, np.arange(1, ids.shape[1] + 1), 0).max(axis=1, initial=0)
         return ids[:, : max(SHORTEST, _power_of_two(used.max(initial=1)))]
 
     def token_ids(self, texts: Sequence[str]) -> Int[np.ndarray, "texts length"]:

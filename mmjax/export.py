@@ -97,31 +97,44 @@ def check(modality: str, path: str | Path, platforms: Sequence[str], batch_size:
         raise UserError(f'compute: unknown type "{compute}"; {suggest(compute, DTYPES)}')
 
 
-class Input(NamedTuple):
-    """What an encoder reads: the shape of one row, its type, and how it is made."""
+Shape = tuple[int | str, ...]
 
-    shape: tuple[int, ...]
-    dtype: str
+
+class Input(NamedTuple):
+    """What an encoder reads: an array or a dictionary of arrays, the shape of a row and the type of each, and how it is
+    made. A size that is left open has a name; `largest` says how large it may be.
+    """
+
+    arrays: tuple[Shape, str] | dict[str, tuple[Shape, str]]
     reading: dict[str, Any]
+    largest: Mapping[str, int] = {}
+
+    def map(self, make: Callable[[Shape, str], Any]) -> Any:
+        """The same structure, of what is made of each array's row shape and type."""
+        if isinstance(self.arrays, dict):
+            return {name: make(*array) for name, array in self.arrays.items()}
+        return make(*self.arrays)
 
 
 def _image(model: Any) -> Input:
-    settings = model.config.model.encoders.image
-    size = settings.image_size
-    reading = {
-        "resize": settings.resize,
-        "interpolation": "bicubic, antialiased, as Pillow's",
-        "color": "RGB",
-        "mean_in_program": [*settings.mean],
-        "std_in_program": [*settings.std],
-    }
-    return Input((size, size, 3), "uint8", reading)
+    from mmjax.data.image_reader import Reader
+
+    reader = Reader.of(model.config.model.encoders.image)
+    if reader.max_patches:
+        arrays = {"patches": ((reader.max_patches, reader.patch**2 * 3), "uint8"), "shape": ((2,), "int32")}
+        return Input(arrays, reader._asdict())
+    return Input(((reader.image_size, reader.image_size, 3), "uint8"), reader._asdict())
 
 
 def _text(model: Any) -> Input:
+    from mmjax.models.multimodal import ignores_padding
+
     settings = model.config.model.encoders.text
     tokenizer = None if model.tokenizer is None else model.tokenizer.to_json()
-    return Input((settings.length,), "int32", {"pad_id": settings.pad_id, "tokenizer": tokenizer})
+    reading = {"length": settings.length, "pad_id": settings.pad_id, "tokenizer": tokenizer}
+    if ignores_padding(settings):
+        return Input((("length",), "int32"), reading, {"length": settings.length})
+    return Input(((settings.length,), "int32"), reading)
 
 
 INPUTS: Mapping[str, Callable[[Any], Input]] = {"image": _image, "text": _text}
@@ -161,9 +174,14 @@ class _Tower(NamedTuple):
         from mmjax.models.attention import portable
         from mmjax.sharding.mesh import make_mesh
 
-        batch = batch_size or jax.export.symbolic_shape("batch")[0]
+        scope = jax.export.SymbolicScope([f"{name} <= {size}" for name, size in self.input.largest.items()])
+
+        def typed(shape: Shape, dtype: str) -> jax.ShapeDtypeStruct:
+            sizes = ", ".join(map(str, (batch_size or "batch", *shape)))
+            return jax.ShapeDtypeStruct(jax.export.symbolic_shape(sizes, scope=scope), dtype)
+
         parameters = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in self.arrays.items()}
-        inputs = jax.ShapeDtypeStruct((batch, *self.input.shape), self.input.dtype)
+        inputs = self.input.map(typed)
         with jax.set_mesh(make_mesh(devices=jax.devices()[:1])), portable():
             exported = jax.export.export(jax.jit(self.encode), platforms=platforms)(parameters, inputs)
         return bytes(exported.serialize())
@@ -189,14 +207,12 @@ def _describe(model: Any, tower: _Tower, platforms: Sequence[str], batch_size: i
     """The content of the JSON file."""
     import jax
 
-    kinds = [entry.kind for entry in model.config.objectives.values()]
-    return {
+    config, batch = model.config, batch_size or "batch"
+    found = {
         "format": 1,
         "modality": tower.modality,
-        "input": {"shape": [batch_size or "batch", *tower.input.shape], "dtype": tower.input.dtype},
-        "output": {"shape": [batch_size or "batch", model.config.model.embed_dim], "dtype": "float32", "norm": 1},
-        # Of an image's and a text's embedding: loss(logit_scale * cosine + logit_bias) is a probability.
-        "similarity": {**model.logits(), "loss": "sigmoid" if "sigmoid" in kinds else "softmax"},
+        "input": tower.input.map(lambda shape, dtype: {"shape": [batch, *shape], "dtype": dtype}),
+        "output": {"shape": [batch, config.model.embed_dim], "dtype": "float32", "norm": 1},
         "platforms": [*platforms],
         "compute": tower.module.dtype.name,
         "weights": sorted({dtype.name for dtype in tower.types.values()}),
@@ -204,8 +220,11 @@ def _describe(model: Any, tower: _Tower, platforms: Sequence[str], batch_size: i
         "step": model.step,
         "jax": jax.__version__,
         "mmjax": __version__,
-        "reading": tower.input.reading,
     }
+    if len(config.model.encoders) > 1:  # loss(logit_scale * cosine + logit_bias) is a probability
+        kinds = [entry.kind for entry in config.objectives.values()]
+        found["similarity"] = {**model.logits(), "loss": "sigmoid" if "sigmoid" in kinds else "softmax"}
+    return found | {"reading": tower.input.reading}
 
 
 def main() -> int:
@@ -228,10 +247,17 @@ def main() -> int:
 
     model = api.load(given.model, mesh=make_mesh(devices=jax.devices()[:1]), weights=given.weights)
     found = encoder(model, given.modality, path, given.platforms, batch_size, given.compute)
-    takes, gives = (f"{found[end]['dtype']} {found[end]['shape']}".replace("'", "") for end in ("input", "output"))
+    takes, gives = (_shown(found[end]) for end in ("input", "output"))
     size, where = found["parameter_bytes"] / 1e6, ", ".join(given.platforms)
     print(f"{path}: {takes} -> {gives}, {size:,.1f} MB of parameters, for {where}")
     return 0
+
+
+def _shown(arrays: Mapping[str, Any]) -> str:
+    """An array or several, of the description, as in "uint8 [batch, 60, 60, 3]"."""
+    if "dtype" not in arrays:
+        return ", ".join(f"{name} {_shown(array)}" for name, array in arrays.items())
+    return f"{arrays['dtype']} [{', '.join(map(str, arrays['shape']))}]"
 
 
 def _define_flags() -> None:

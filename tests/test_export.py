@@ -17,10 +17,11 @@ from PIL import Image
 import mmjax
 from mmjax import api
 from mmjax.data import text as tokenizers
+from mmjax.data.image_reader import Reader
 from mmjax.errors import UserError
 from mmjax.models import attention
 from tests import programs
-from tests.interop import folders
+from tests.interop import folders, image_towers, test_bert, test_siglip
 from tests.interop.test_clip import settings_with
 from tests.test_api_text import IMAGES, TEXTS, config_of
 from tests.test_quantization import SHARDED, UNSHARDED, model
@@ -207,6 +208,28 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch, openmoji_folde
     with pytest.raises(UserError, match="image.npz: No space left on device"):
         export.encoder(model(), "image", tmp_path / "image.npz")
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"before"]
+
+
+@pytest.mark.parametrize("family", ["siglip2", "bert", "beit"])
+def test_families_with_their_own_inputs_and_parts(tmp_path, family):
+    """Images that keep their shape, texts alone, relative positions; with eight-bit weights."""
+    if family == "siglip2":
+        settings = {"model_type": family, **test_siglip.SETTINGS[family]}
+        folder = folders.write(tmp_path, family, settings, preprocessor_config=test_siglip.PROCESSORS[family])
+    elif family == "bert":
+        folder = folders.write(tmp_path, family, test_bert.SETTINGS)
+    else:
+        folder = image_towers.CASES["beit layers"].write(tmp_path)
+    one, modality = api.load(folder, weights="int8"), "text" if family == "bert" else "image"
+    rows = test_bert.ids() if modality == "text" else one._loader([*folders.pixels(3, 20)])(np.arange(3))
+    expected = one.encode_rows(modality, 3, lambda places: jax.tree.map(lambda x: x[places], rows))
+    about = export.encoder(one, modality, tmp_path / "encoder.npz")
+    np.testing.assert_allclose(call(tmp_path / "encoder.npz", rows), expected, atol=1e-6)
+    described = jax.tree.map(lambda x: {"shape": ["batch", *x.shape[1:]], "dtype": x.dtype.name}, rows)
+    assert about["input"] == described and ("similarity" in about) == (family == "siglip2")
+    if modality == "image":
+        again = Reader(**about["reading"])(folders.pixels(3, 20))
+        jax.tree.map(np.testing.assert_array_equal, again, rows)
 
 
 def test_the_program(tmp_path):

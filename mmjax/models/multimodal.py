@@ -78,6 +78,11 @@ def positions_of(text: Mapping[str, Any]) -> int:
     return text["positions"] or text["length"]
 
 
+def ignores_padding(text: Mapping[str, Any]) -> bool:
+    """Whether a text tower makes the same of a text however much padding follows it."""
+    return (text["causal"] and text["pooling"] == "eos") or (text["mask_padding"] and text["pooling"] != "last")
+
+
 def _transformer(
     encoder: Mapping[str, Any], dtype: jnp.dtype, cross: bool = False, relative: Relative | None = None
 ) -> Transformer:
