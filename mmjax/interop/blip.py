@@ -3,7 +3,12 @@ et al. 2022), as transformers' `BlipForConditionalGeneration` (captions) and `Bl
 
 In the latter one text tower does two things: alone it embeds a text, and attending to an image it says whether they
 belong together. BLIP's own code then reads [ENC] in place of the first token; transformers does not, and what is here
-agrees with transformers. The temperature of its contrastive loss is in no checkpoint: what it started from is used.
+agrees with transformers. The temperature of the contrastive loss is in no checkpoint: `similarity` takes the one that
+training started from.
+
+Captions are those of transformers, too, but that padding is never written here; that a search with beams and a
+`length_penalty` divides by another length (see `mmjax.models.generate.Strategy`); and that a prompt in a batch with longer
+ones is not continued after its padding.
 """
 
 import math
