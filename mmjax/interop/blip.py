@@ -6,9 +6,9 @@ belong together. BLIP's own code then reads [ENC] in place of the first token; t
 agrees with transformers. The temperature of the contrastive loss is in no checkpoint: `similarity` takes the one that
 training started from.
 
-Captions are those of transformers, too, but that padding is never written here; that a search with beams and a
-`length_penalty` divides by another length (see `mmjax.models.generate.Strategy`); and that a prompt in a batch with
-longer ones is not continued after its padding.
+Captions are those of transformers, too, but for three things: padding is never written here; a search with beams and a
+`length_penalty` divides by another length (see `mmjax.models.generate.Strategy`); and a prompt beside longer ones is
+continued after its own last token, not after its padding.
 """
 
 import math

@@ -23,7 +23,7 @@ from mmjax.training.state import TrainState
 
 # Settings of a tower that may differ where its parameters fit: they decide how much it sees, and not what it makes of
 # it, or belong to parameters, whose shapes are compared.
-_MAY_DIFFER = ("image_size", "max_patches", "length", "vocab_size", "projection", "projection_bias", "mask_token")
+_MAY_DIFFER = ("image_size", "max_patches", "positions", "vocab_size", "projection", "projection_bias", "mask_token")
 _MAY_DIFFER += ("position_size", "position_interpolation")
 _TABLES = ("image/positions/position", "text/embed/position")
 
