@@ -9,11 +9,12 @@ import pytest
 from mmjax import api
 from mmjax import config as configs
 from mmjax.errors import UserError
+from mmjax.models import position
 from mmjax.sharding.rules import path_name
 from mmjax.training import setup
 from mmjax.training.checkpoint import Checkpoints
 from tests import tiny
-from tests.interop import folders
+from tests.interop import folders, image_towers
 
 
 def save(run, state):
@@ -169,3 +170,18 @@ def test_a_run_starts_from_a_pretrained_folder_tower_by_tower(source, tmp_path):
     np.testing.assert_array_equal(params["text/embed/position"], source[1]["text/embed/position"])
     assert run.tokenizer.to_json() == api.load_tokenizer(source[0]).to_json()
     assert (run.workdir / "tokenizer.mmjax.json").exists()
+
+
+def test_positions_of_dinov2_are_resized_from_the_grid_that_they_were_made_for(source, tmp_path):
+    folder = image_towers.CASES["dinov2"].write(tmp_path / "dinov2")
+    stored = folders.filled("embeddings.position_embeddings", (1, 1 + 6 * 6, 16))[0]
+    config = another(source, "text/")
+    config.model.encoders.image = api.load_config(folder).model.encoders.image  # made for 24 pixels, reads 16
+    config.model.encoders.image.projection = True
+    config.init_from.dinov2 = configs.init_from(source=str(folder), parts=("image/",))
+    kept = taken(config, tmp_path / "kept")[1]["image/positions/position"]
+    np.testing.assert_array_equal(kept, stored)
+    config.model.encoders.image.position_size = 0
+    resized = taken(config, tmp_path / "resized")[1]["image/positions/position"]
+    expected = position.resize(stored[1:], (6, 6), (4, 4), "bicubic")
+    np.testing.assert_allclose(resized, np.concatenate([stored[:1], expected]), atol=1e-6)
