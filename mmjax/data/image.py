@@ -157,9 +157,8 @@ def for_evaluation(pixels: Pixels, fit: Fit) -> UInt8[np.ndarray, "size size 3"]
     way for it.
     """
     height, width = pixels.shape[:2]
-    resized = FOR_EVALUATION[fit.resize](
-        height, width, int(fit.size / fit.crop_fraction + 1e-6)
-    )  # as 224 / (224 / 249)
+    before_cutting = int(fit.size / fit.crop_fraction + 1e-6)  # 224 / (224 / 249) can come out below 249
+    resized = FOR_EVALUATION[fit.resize](height, width, before_cutting)
     if (height, width) == resized == (fit.size, fit.size):
         return pixels
     picture, resample = Image.fromarray(pixels), RESAMPLES[fit.resample]
