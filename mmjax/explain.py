@@ -101,7 +101,7 @@ def relevance(
         for place, *values in zip(places, *map(np.concatenate, zip(*parts, strict=True)), strict=True):
             patches, tokens, cosine = values
             heat = _shares(_heat(model, seen[place], patches))
-            words = _shares(np.where(ids[place] == model.tokenizer.pad_id, 0, tokens))
+            words = _shares(np.where(ids[place] == model.tokenizer.pad_id, 0, tokens[: len(ids[place])]))
             found[place] = Explanation(seen[place], heat, _named(model, ids[place], words), float(cosine))
     return found
 
@@ -120,7 +120,7 @@ def _relevance(params: PyTree, batch: dict[str, Array], module: MultimodalModel,
 
 
 def _tower_relevance(module: MultimodalModel, params: PyTree, modality: str, inputs: Array, target: Array) -> Array:
-    weights = _attention(module, params, modality, inputs)
+    weights, valid = _attention(module, params, modality, inputs)
 
     def similarity(shift: PyTree) -> Array:
         encoded = module.apply({"params": params, SHIFT: shift}, modality, inputs, method="encode")
@@ -134,7 +134,7 @@ def _tower_relevance(module: MultimodalModel, params: PyTree, modality: str, inp
     def layer(weights: Array, so_far: Array) -> Array:
         return so_far + weights @ so_far
 
-    return _pooled(jax.tree.map(positive, weights, gradients), layer, module, modality)
+    return _pooled(jax.tree.map(positive, weights, gradients), layer, module, modality, valid)
 
 
 def rollout(
@@ -169,13 +169,13 @@ def rollout(
 
 @partial(jax.jit, static_argnames=("module", "mesh", "modality"))
 def _rollout(params: PyTree, batch: dict[str, Array], module: MultimodalModel, mesh: Any, modality: str) -> Array:
-    weights = _attention(module, params, modality, batch[modality])
+    weights, valid = _attention(module, params, modality, batch[modality])
     mean = jax.tree.map(lambda each: each.mean(axis=-3), weights)  # over the heads
 
     def layer(weights: Array, so_far: Array) -> Array:
         return (so_far + weights @ so_far) / 2
 
-    return _replicated(_pooled(mean, layer, module, modality), mesh)
+    return _replicated(_pooled(mean, layer, module, modality, valid), mesh)
 
 
 def cross_attention(
@@ -221,12 +221,13 @@ def cross_attention(
 
 @partial(jax.jit, static_argnames=("module", "mesh", "part"))
 def _cross_attention(params: PyTree, batch: dict[str, Array], module: MultimodalModel, mesh: Any, part: str) -> Array:
-    ids, patches = batch["text"], _apply(module, params, "tokens", "image", batch["image"])[0]
+    ids, variables = batch["text"], {"params": params}
+    (image, _), tower = module.apply(variables, "image", batch["image"], method="tokens", mutable=[ATTENTION])
     text = (
         Text(ids, *_apply(module, params, "tokens", "text", ids)) if "text" in module.parts else Text(ids, None, None)
     )
     method = {"fusion": "match", "decoder": "caption"}[part]
-    _, seen = module.apply({"params": params}, text, patches, method=method, mutable=[ATTENTION])
+    _, seen = module.apply(variables, text, image, method=method, mutable=[ATTENTION])
     reads = module.config[part]["reads"]
     own = seen[ATTENTION]["text" if reads == "tower" else part]
     blocks = own["transformer"]["blocks"]
@@ -238,6 +239,9 @@ def _cross_attention(params: PyTree, batch: dict[str, Array], module: Multimodal
         weights = all_places[:, -count:, :-count]
     if "image_queries" in own:
         weights = weights @ own["image_queries"]["attention"]["weights"].mean(axis=1)
+    weights = jnp.pad(weights, ((0, 0), (0, 0), (image.shape[1] - weights.shape[2], 0)))  # a class token unseen
+    if "queries" in tower[ATTENTION]["image"]:
+        weights = weights @ tower[ATTENTION]["image"]["queries"]["attention"]["weights"].mean(axis=1)
     return _replicated(weights, mesh)
 
 
@@ -363,26 +367,34 @@ def _encode(module: MultimodalModel, params: PyTree, modality: str, inputs: Arra
     return _apply(module, params, "encode", modality, inputs)
 
 
-def _attention(module: MultimodalModel, params: PyTree, modality: str, inputs: Array) -> PyTree[Array]:
-    """The attention weights of a tower: of its blocks [layers, batch, heads, queries, keys], and of its pooling."""
+def _attention(module: MultimodalModel, params: PyTree, modality: str, inputs: Array) -> tuple[PyTree[Array], Any]:
+    """The attention weights of a tower: of its blocks [layers, batch, heads, queries, keys], and of its pooling. Which
+    of its tokens are no padding (None: all).
+    """
     variables = {"params": params}
-    _, seen = module.apply(variables, modality, inputs, method="encode", mutable=[ATTENTION])
-    return seen[ATTENTION]
+    found, seen = module.apply(variables, modality, inputs, method="encode", mutable=[ATTENTION])
+    return seen[ATTENTION], found["valid"]
 
 
-def _pooled(weights: PyTree[Array], layer: Callable, module: MultimodalModel, modality: str) -> Array:
+def _pooled(
+    weights: PyTree[Array], layer: Callable, module: MultimodalModel, modality: str, valid: Array | None
+) -> Array:
     """Passes the identity through the blocks, and takes what the pooling takes: [batch, tokens].
 
-    `weights` are those of `_attention` without heads; `layer(weights, so far)` is one block.
+    `weights` and `valid` are those of `_attention`, without heads; `layer(weights, so far)` is one block.
     """
-    tower = weights[modality]
+    tower, pooling = weights[modality], module.config["encoders"][modality]["pooling"]
     (blocks,), pool = jax.tree.leaves(tower["transformer"]), jax.tree.leaves(tower.get("pool"))
     so_far = jnp.broadcast_to(jnp.eye(blocks.shape[-1]), blocks.shape[1:])
     for each in blocks:
         so_far = layer(each, so_far)
+    if "queries" in tower:
+        so_far = jax.tree.leaves(tower["queries"])[0] @ so_far
     if pool:
         return (pool[0] @ so_far)[:, 0]
-    return so_far[:, {"cls": 0, "last": -1}[module.config["encoders"][modality]["pooling"]]]
+    if pooling == "eos":
+        return jnp.take_along_axis(so_far, valid.sum(axis=1)[:, None, None] - 1, axis=1)[:, 0]
+    return so_far[:, {"cls": 0, "last": -1}[pooling]]
 
 
 def _replicated(tree: PyTree[Array], mesh: Any) -> PyTree[Array]:
@@ -401,8 +413,8 @@ def _heat(model: Model, seen: UInt8[np.ndarray, "height width 3"], tokens: Float
 
 
 def _named(model: Model, ids: np.ndarray, numbers: Float[np.ndarray, " tokens"]) -> Tokens:
-    """The tokens with their numbers, but padding."""
+    """The tokens with their numbers, but padding and the class token after them."""
     tokenizer = model.tokenizer
     special = {tokenizer.end_id: "[end]", tokenizer.start_id: "[start]"}
-    pairs = zip(ids.tolist(), numbers.tolist(), strict=True)
+    pairs = zip(ids.tolist(), numbers[: len(ids)].tolist(), strict=True)
     return [(special.get(token) or tokenizer.decode([token]), x) for token, x in pairs if token != tokenizer.pad_id]

@@ -140,7 +140,7 @@ def _check_names(config: ConfigDict) -> None:
 
 def _check_model(config: ConfigDict) -> None:
     from mmjax.models import variants
-    from mmjax.models.multimodal import tower_size
+    from mmjax.models.multimodal import output_width, tower_size
 
     missing = {"image", "text"} - set(config.model.encoders)
     if missing:
@@ -170,13 +170,17 @@ def _check_model(config: ConfigDict) -> None:
                 raise UserError(f"config.{key}.pooling: a recording has no end token; choose another one than eos")
         elif encoder.length < 2:
             raise UserError(f"config.{key}.length: {encoder.length} is too short for a token and its end")
+        elif encoder.class_token and encoder.pooling != "last":
+            raise UserError(f"config.{key}.class_token: it stands after the text: pooling has to be last")
+        elif encoder.shifted_mask and not (encoder.class_token and encoder.mask_padding):
+            raise UserError(f"config.{key}.shifted_mask: it needs class_token and mask_padding")
         elif encoder.positions and encoder.positions < encoder.length:
             raise UserError(f"config.{key}.positions: {encoder.positions} are fewer than the length {encoder.length}")
         elif encoder.token_drop and encoder.pooling == "eos":
             raise UserError(f"config.{key}.token_drop: the end token, which is pooled, could be dropped")
-        if not encoder.projection and size.width != config.model.embed_dim:
+        if not encoder.projection and output_width(encoder) != config.model.embed_dim:
             raise UserError(
-                f"config.{key}.projection: without one, width {size.width} must equal model.embed_dim "
+                f"config.{key}.projection: without one, width {output_width(encoder)} must equal model.embed_dim "
                 f"{config.model.embed_dim}"
             )
     for name in PARTS:
@@ -219,8 +223,25 @@ def _check_image_encoder(encoder: ConfigDict, size: Any, patch: int, key: str) -
         raise UserError(f"config.{key}.crop_fraction: {encoder.crop_fraction} is not in (0, 1]")
     if encoder.pooling == "eos":
         raise UserError(f"config.{key}.pooling: an image has no end token; choose another one than eos")
+    _check_queries(encoder, "queries", size, key)
+    if encoder.query_width and not encoder.queries:
+        raise UserError(f"config.{key}.query_width: it needs queries")
+    if encoder.pooling == "map" and encoder.query_width not in (0, size.width):
+        raise UserError(f"config.{key}.query_width: pooling map needs the tower's own, {size.width}")
     if encoder.relative_position and encoder.token_drop:
         raise UserError(f"config.{key}.token_drop: relative positions are between all tokens")
+
+
+def _check_queries(settings: Mapping[str, Any], count: str, size: Any, key: str) -> None:
+    from mmjax.models.pooling import QUERY_NORMS
+
+    _one_of(settings["query_norm"], QUERY_NORMS, f"{key}.query_norm")
+    for field in (count, "query_heads"):
+        if settings[field] < 0:
+            raise UserError(f"config.{key}.{field}: {settings[field]} is less than 0")
+    width, heads = settings.get("query_width", 0) or size.width, settings["query_heads"] or size.heads
+    if width < 1 or width % heads:
+        raise UserError(f"config.{key}.query_heads: {heads} heads do not divide width {width}")
 
 
 def _check_part(config: ConfigDict, name: str) -> None:
@@ -247,8 +268,9 @@ def _check_part(config: ConfigDict, name: str) -> None:
         )
     if name == "fusion":
         return
-    if part["image_queries"] < 0:
-        raise UserError(f"config.model.decoder.image_queries: {part['image_queries']} is less than 0")
+    _check_queries(part, "image_queries", ConfigDict(part), "model.decoder")
+    if part["cross_mlp"] and part["image"] != "cross":
+        raise UserError("config.model.decoder.cross_mlp: it needs image=cross")
     if part["reads"] == "text" and not text.causal:
         raise UserError("config.model.decoder.reads: the text tower's tokens see the future: set encoders.text.causal")
     if part["start_id"] >= 0 and (part["start"] or part["reads"] == "text"):
@@ -488,12 +510,15 @@ def check_divides(model: ConfigDict, fsdp: int, tensor: int) -> None:
     Raises:
       UserError: it does not; the message names the size.
     """
-    from mmjax.models.multimodal import part_size, tower_size
+    from mmjax.models.multimodal import output_width, part_size, tower_size
 
     for name, encoder in model.encoders.items():
         size = tower_size(encoder)
         split = {"heads": (size.heads, "tensor", tensor), "mlp_dim": (size.mlp_dim, "tensor", tensor)}
         split["width"] = (size.width, "fsdp", fsdp)
+        if name == "image" and encoder.queries:
+            split["query_width"] = (output_width(encoder), "fsdp", fsdp)
+            split["query_heads"] = (encoder.query_heads or size.heads, "tensor", tensor)
         if name == "text":
             split["vocab_size"] = (encoder.vocab_size, "tensor", tensor)
         _check_divides(split, f"model.encoders.{name}")

@@ -25,6 +25,11 @@ POOLINGS = {
     "mean": ({"pooling": "mean"}, {"pooling": "mean", "mask_padding": True}),
     "map": ({"pooling": "map"}, {"pooling": "map", "mask_padding": True}),
     "class token and last token": ({"pooling": "cls"}, {"pooling": "last", "causal": True}),
+    "queries and end token": ({"pooling": "query", "queries": 3, "query_norm": "input"}, {"pooling": "eos"}),
+    "first query and class token": (
+        {"pooling": "cls", "queries": 3, "query_width": 16},
+        {"pooling": "last", "causal": True, "class_token": True, "mask_padding": True},
+    ),
 }
 QUICKSTART = programs.ROOT / "runs" / "quickstart"
 
@@ -62,19 +67,19 @@ def raw(made, modality, inputs, target):
         return jax.device_get((seen[ATTENTION][modality], jax.grad(similarity)(zeros)[modality], similarity))
 
 
-def expected_relevance(weights, gradients, pooling):
-    """Equations 5 and 6 of Chefer et al. 2021, for each row by itself."""
+def expected_relevance(weights, gradients, last):
+    """Equations 5 and 6 of Chefer et al. 2021, for each row by itself, at the `last` of its tokens."""
     blocks = [part["transformer"]["blocks"]["attention"]["weights"] for part in (weights, gradients)]
-    pools = [jax.tree.leaves(part.get("pool")) for part in (weights, gradients)]
+    pools = [jax.tree.leaves([part.get("queries"), part.get("pool")]) for part in (weights, gradients)]
     rows = []
     for row in range(blocks[0].shape[1]):
         relevance = np.eye(blocks[0].shape[-1])
         for layer in range(blocks[0].shape[0]):
             product = blocks[0][layer, row] * blocks[1][layer, row]
             relevance = relevance + np.maximum(product, 0).mean(axis=0) @ relevance
-        if pools[0]:
-            relevance = np.maximum(pools[0][0][row] * pools[1][0][row], 0).mean(axis=0) @ relevance
-        rows.append(relevance[{"cls": 0, "last": -1}.get(pooling, 0)])
+        for one, other in zip(*pools, strict=True):
+            relevance = np.maximum(one[row] * other[row], 0).mean(axis=0) @ relevance
+        rows.append(relevance[last[row]])
     return np.array(rows)
 
 
@@ -86,9 +91,11 @@ def test_relevance_is_that_of_the_paper(openmoji_folder, pooling):
     image, words = made.encode_image(IMAGES), made.encode_text(TEXTS)
     for modality, inputs, target in (("image", IMAGES, words), ("text", ids, image)):
         weights, gradients, _ = raw(made, modality, inputs, target)
-        expected = expected_relevance(weights, gradients, made.config.model.encoders[modality].pooling)
+        own = made.config.model.encoders[modality].pooling
+        last = (ids != 0).sum(axis=1) - 1 if own == "eos" else np.full(3, {"last": -1}.get(own, 0))
+        expected = expected_relevance(weights, gradients, last)
         for row, each in enumerate(found):
-            kept = expected[row, -4:] if modality == "image" else expected[row, ids[row] != 0]
+            kept = expected[row, -4:] if modality == "image" else expected[row, :8][ids[row] != 0]
             own = each.image.ravel() if modality == "image" else [weight for _, weight in each.text]
             np.testing.assert_allclose(own, kept / kept.sum(), rtol=1e-3, atol=1e-4)
             assert sum(own) == pytest.approx(1, abs=1e-5)
@@ -142,15 +149,22 @@ def test_neither_devices_nor_unrolling_change_them(openmoji_folder, devices, unr
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"reads": "text", "image": "prefix", "image_queries": 3}, {"image": "prefix", "start": False}]
+    "options",
+    [
+        {},
+        {"reads": "text", "image": "prefix", "image_queries": 3},
+        {"image": "prefix", "start": False},
+        {"pooling": "first query and class token", "reads": "text", "image_class_token": False, "cross_mlp": True},
+    ],
 )
 def test_each_token_has_a_map_of_what_it_reads(openmoji_folder, options):
     made = model(decoder=True, **options)
     for text_maps in explain.cross_attention(made, IMAGES, TEXTS, "decoder"):
         for _, heat in text_maps:
             assert heat.shape == (2, 2) and (heat >= 0).all()
-            whole = heat.sum()  # with the image before it, a token also reads the text
-            assert whole < 1 if options.get("image") == "prefix" else whole == pytest.approx(1, abs=1e-5)
+            whole = heat.sum()  # with the image before it, a token also reads the text; queries read the class token
+            is_part = options.get("image") == "prefix" or "pooling" in options
+            assert whole < 1 if is_part else whole == pytest.approx(1, abs=1e-5)
     maps = explain.cross_attention(made, IMAGES, TEXTS, "decoder")
     names = [name for name, _ in maps[0]]
     assert names[-3:] == ["red", "apple", "[end]"] and ("a" in names) == options.get("start", True)

@@ -150,13 +150,14 @@ def _kept(height: int, width: int, size: int) -> tuple[int, int]:
 
 # The height and width to which an image is resized before its middle is cut out. "squash", as SigLIP and ViT are
 # evaluated, makes it a square; "center_crop", as CLIP is, gives the shorter side that length, and rounds the longer one
-# down, as `transformers.CLIPImageProcessor` does.
-FOR_EVALUATION = {"squash": _squashed, "center_crop": _kept}
+# down, as `transformers.CLIPImageProcessor` does. Half of an odd margin is rounded down too; "center_crop_rounded"
+# rounds it to an even number, as torchvision and so open_clip do.
+FOR_EVALUATION = {"squash": _squashed, "center_crop": _kept, "center_crop_rounded": _kept}
 RESAMPLES = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 
 def for_evaluation(pixels: Pixels, fit: Fit) -> UInt8[np.ndarray, "size size 3"]:
-    """Brings an image to the size of evaluation; offsets are rounded down, as by transformers.
+    """Brings an image to the size of evaluation.
 
     Of a long strip only what is cut out is computed, so it costs no more; one value in a hundred is rounded the other
     way for it.
@@ -167,7 +168,8 @@ def for_evaluation(pixels: Pixels, fit: Fit) -> UInt8[np.ndarray, "size size 3"]
     if (height, width) == resized == (fit.size, fit.size):
         return pixels
     picture, resample = Image.fromarray(pixels), RESAMPLES[fit.resample]
-    top, left = (resized[0] - fit.size) // 2, (resized[1] - fit.size) // 2
+    half = round if fit.resize == "center_crop_rounded" else int
+    top, left = (half((side - fit.size) / 2) for side in resized)
     if resized[0] * resized[1] <= 4 * fit.size**2:
         whole = np.asarray(picture.resize((resized[1], resized[0]), resample))
         return whole[top : top + fit.size, left : left + fit.size]

@@ -38,18 +38,19 @@ def small(names: Iterable[str]) -> list[str]:
     ]
 
 
-def weights(names: Collection[str], source: str, allow_pickle: bool) -> str:
+def weights(names: Collection[str], source: str, allow_pickle: bool, first: str = "") -> str:
     """The name of the file that weights are read from, or of their index.
 
     Args:
       names: of the files of a folder.
       source: what messages call the folder.
       allow_pickle: takes a pickle where there is nothing else.
+      first: the file that comes before all others.
 
     Raises:
       UserError: there are none, or several and no telling which, or only pickles and these are not allowed.
     """
-    for name in _WEIGHTS:
+    for name in (first, first + INDEX, *_WEIGHTS):
         if name in names:
             return name
     others = sorted(name for name in names if name.endswith(".safetensors") and "/" not in name)

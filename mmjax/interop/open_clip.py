@@ -88,7 +88,8 @@ _MODEL = {
     "nonscalar_logit_scale": False,
 }
 _PREPROCESS = {"resize_mode": "shortest", "interpolation": "bicubic", **processing.OPENAI}
-_RESIZES = {"shortest": "center_crop", "squash": "squash"}
+_RESIZES = {"shortest": "center_crop_rounded", "squash": "squash"}
+_INTERPOLATIONS = {"bicubic": "bicubic", "random": "bicubic", "bilinear": "bilinear"}  # random only in training
 _POOLERS = (True, "parallel", "cascade")
 _POOLINGS = {"first": "cls", "last": "last", "argmax": "eos", "eos": "eos"}
 _EPSILON = 1e-5
@@ -106,6 +107,7 @@ def to_config(theirs: Json, files: Mapping[str, Json]) -> ConfigDict:
     scale, bias = model["init_logit_scale"], model["init_logit_bias"]
     config.model.logit_scale = 1 / 0.07 if scale is None else float(f"{math.exp(scale):.12g}")
     config.model.logit_bias = 0.0 if bias is None else float(bias)
+    config.model.max_logit_scale = 0.0
     config.model.encoders.image = configs.image_encoder(
         **_image(vision, model["quick_gelu"], model["embed_dim"]), **_preprocess(theirs.get("preprocess_cfg") or {})
     )
@@ -278,11 +280,13 @@ def _side(key: str, size: Any) -> int:
 def _preprocess(given: Json) -> dict[str, Any]:
     """How images are read: open_clip resizes as it says here, to the tower's size whatever `size` is."""
     found = _PREPROCESS | {key: value for key, value in given.items() if value is not None}
-    if found["resize_mode"] not in _RESIZES:
-        raise UserError(f"preprocess_cfg.resize_mode: {found['resize_mode']!r} is none of {', '.join(_RESIZES)}")
+    for key, known in (("resize_mode", _RESIZES), ("interpolation", _INTERPOLATIONS)):
+        if found[key] not in known:
+            raise UserError(f"preprocess_cfg.{key}: {found[key]!r} is none of {', '.join(known)}")
     channels = {name: found[name] for name in ("mean", "std")}
     return {
         "resize": _RESIZES[found["resize_mode"]],
+        "resample": _INTERPOLATIONS[found["interpolation"]],
         **{name: tuple(x if isinstance(x, list | tuple) else [x] * 3) for name, x in channels.items()},
     }
 
@@ -302,8 +306,10 @@ def to_theirs(config: ConfigDict) -> dict[str, Any]:
     if model.decoder:
         settings["multimodal_cfg"] = _multimodal_settings(config)
         settings["vision_cfg"]["output_tokens"] = settings["text_cfg"]["output_tokens"] = True
-    resize = {ours: theirs for theirs, ours in _RESIZES.items()}[image.resize]
-    preprocess = {"mean": list(image.mean), "std": list(image.std), "interpolation": "bicubic", "resize_mode": resize}
+    if image.crop_fraction != 1:
+        raise UserError(f"open_clip cuts nothing off a resized image: crop_fraction is {image.crop_fraction}")
+    preprocess = {"interpolation": image.resample, "resize_mode": "squash" if image.resize == "squash" else "shortest"}
+    preprocess |= {"mean": list(image.mean), "std": list(image.std)}
     return {"model_cfg": settings, "preprocess_cfg": preprocess}
 
 

@@ -55,7 +55,7 @@ def load(
       UserError: it cannot be found or read, its family is unknown, or its tensors are not those of its config.
     """
     folder = store.find(source, revision, allow_pickle)
-    tensors = store.open_tensors(folder, allow_pickle)
+    tensors = _tensors_of(folder, allow_pickle)
     family, config = _config_of(folder, {TENSORS: tensors.names()})
     check_divides(config.model, mesh.shape["fsdp"], mesh.shape["tensor"])
     rows = family.table(config)
@@ -69,7 +69,7 @@ def load(
 def load_config(source: str | Path, revision: str | None = None) -> ConfigDict:
     """The config of a model, as `load` gives it."""
     folder = store.find(source, revision)
-    return _config_of(folder, {TENSORS: store.open_tensors(folder).names()})[1]
+    return _config_of(folder, {TENSORS: _tensors_of(folder).names()})[1]
 
 
 def load_tokenizer(source: str | Path, revision: str | None = None) -> tokenizers.Tokenizer | None:
@@ -92,6 +92,10 @@ def is_folder(path: Path) -> bool:
 def could_be_elsewhere(source: str | Path) -> bool:
     """Whether it is the address of a remote folder, or could be a name on the hub, "owner/name" or "owner/name@tag"."""
     return "://" in str(source) or re.fullmatch(r"[\w.-]*\w/[\w.-]+(@[\w./-]+)?", str(source)) is not None
+
+
+def _tensors_of(folder: store.Folder, allow_pickle: bool = False) -> store.Tensors:
+    return store.open_tensors(folder, allow_pickle, family_of(folder)[0].weights)
 
 
 def _config_of(folder: store.Folder, tensors: Mapping[str, Json] | None = None) -> tuple[Family, ConfigDict]:

@@ -61,7 +61,7 @@ def _sizes(processor: Mapping[str, Any], default: int, crops: bool) -> dict[str,
 
 def write(encoder: Mapping[str, Any], kind: str) -> dict[str, Any]:
     """The content of a `preprocessor_config.json`; `kind` is the name of the class in transformers."""
-    size, keeps_shape = encoder["image_size"], encoder["resize"] == "center_crop"
+    size, keeps_shape = encoder["image_size"], encoder["resize"] != "squash"
     resized, crops = int(size / encoder["crop_fraction"] + 1e-6), keeps_shape or encoder["crop_fraction"] < 1
     return {
         "image_processor_type": kind,

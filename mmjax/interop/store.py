@@ -97,18 +97,19 @@ def _verify_small(folder: Folder) -> None:
     checksums.verify(folder.path, there, folder.name)
 
 
-def open_tensors(folder: Folder, allow_pickle: bool = False) -> Tensors:
+def open_tensors(folder: Folder, allow_pickle: bool = False, first: str = "") -> Tensors:
     """Opens a folder's weights: `model.safetensors`, or all files that its index names, or open_clip's file.
 
     Args:
       folder: of the model.
       allow_pickle: reads a pickle with torch where there is nothing else.
+      first: the file that comes before all others.
 
     Raises:
       UserError: there are no weights, only pickles, or a file is missing, damaged or not what its checksum says.
     """
     names = {path.name for path in folder.path.iterdir() if path.is_file()}
-    chosen = hub.weights(names, folder.name, allow_pickle)
+    chosen = hub.weights(names, folder.name, allow_pickle, first)
     path, source = folder.path / chosen, f"{folder.name}: {chosen}"
     # Headers come before checksums, since what they say of a truncated file is clearer; a pickle is read after its.
     if chosen.endswith(hub.INDEX):

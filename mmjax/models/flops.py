@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from mmjax.models import variants
-from mmjax.models.multimodal import audio_samples, audio_tokens, has_class_token, part_size, tower_size
+from mmjax.models.multimodal import audio_samples, audio_tokens, has_class_token, output_width, part_size, tower_size
 from mmjax.models.token_drop import kept_tokens
 
 
@@ -24,11 +24,22 @@ def tower_flops(encoder: Mapping[str, Any], training: bool = False) -> int:
         tokens = kept_tokens(read, encoder["token_drop"]) if training else read
         embed = 3 * size.width * (frames * encoder["mels"] + read * size.width)  # the spectrogram is left out
     else:
-        tokens, embed = encoder["length"], 0
+        tokens, embed = encoder["length"] + encoder["class_token"], 0
     projections = tokens * (4 * size.width**2 + (3 if encoder["gated"] else 2) * size.width * size.mlp_dim)
     attention = 2 * tokens**2 * size.width
-    pooling = tokens * 2 * size.width**2 if encoder["pooling"] == "map" else 0
-    return 2 * (embed + size.depth * (projections + attention) + pooling)
+    pooling = _pooling_flops(encoder, tokens)
+    return 2 * (embed + size.depth * (projections + attention)) + pooling
+
+
+def _pooling_flops(encoder: Mapping[str, Any], tokens: int) -> int:
+    """FLOPs of the attention of learned queries to so many tokens."""
+    width, queries = output_width(encoder), encoder.get("queries", 0)
+    multiplied = 0
+    if queries:
+        multiplied += 2 * tokens * tower_size(encoder).width * width + 2 * queries * (width**2 + tokens * width)
+    if encoder["pooling"] in ("map", "query"):
+        multiplied += (queries or tokens) * 2 * width**2
+    return 2 * multiplied
 
 
 def patch_count(encoder: Mapping[str, Any]) -> int:
@@ -43,11 +54,12 @@ def part_flops(model: Mapping[str, Any], name: str) -> int:
     width, length = part["width"], encoders["text"]["length"]
     modality = part.get("modality", "image")
     tokens = audio_tokens if modality == "audio" else patch_count
-    seen = part.get("image_queries") or tokens(encoders[modality])
-    image_width = tower_size(encoders[modality]).width
+    seen = part.get("image_queries") or encoders[modality].get("queries") or tokens(encoders[modality])
+    image_width = output_width(encoders[modality])
     if part.get("image") == "prefix":
         length, seen = length + seen, 0
-    own = length * (4 * width**2 + 2 * width * part["mlp_dim"]) + 2 * length**2 * width
+    mlps = 2 if part.get("cross_mlp") else 1
+    own = length * (4 * width**2 + mlps * 2 * width * part["mlp_dim"]) + 2 * length**2 * width
     cross = 2 * length * width**2 + 2 * seen * image_width * width + 2 * length * seen * width if seen else 0
     depth = text.depth if part["reads"] == "tower" else part["depth"]
     return 2 * depth * (own + cross)

@@ -104,7 +104,7 @@ def _pool(encoder: Mapping[str, Any], dtype: jnp.dtype) -> Pool:
     size, settings = tower_size(encoder), (encoder["pool_norm"], encoder["pool_dense"])
     heads = size.heads
     if encoder["pooling"] == "query":
-        heads, settings = encoder["query_heads"] or heads, (*settings, encoder["query_norm"])
+        heads, settings = encoder.get("query_heads") or heads, (*settings, encoder.get("query_norm", "output"))
     style, class_token = style_of(encoder), encoder.get("class_token", False)
     return Pool(encoder["pooling"], heads, size.mlp_dim, dtype, style, class_token, *settings)
 

@@ -33,8 +33,10 @@ def with_generation(module, transformers):
 
 def build(folder, model_cfg, preprocess_cfg=PREPROCESS, seed=0, change=lambda model: None):
     """A model of open_clip in a folder of its layout, and itself; `change` is made to its random weights."""
+    import torch
     from safetensors.torch import save_file
 
+    torch.manual_seed(seed)
     open_clip = library()
     folder.mkdir(parents=True, exist_ok=True)
     settings = {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg}

@@ -61,12 +61,12 @@ CASES = {
 
 # A seed and how large the end token's weights are, so that some of the greedy texts end, and not all.
 ENDS = {
-    "queries": (0, 2.0),
+    "queries": (3, 2.0),
     "quick_gelu": (3, 2.0),
-    "one_width": (2, 1.0),
-    "parallel": (1, 2.0),
-    "cascade": (1, 2.0),
-    "class_token": (1, 1.5),
+    "one_width": (1, 2.0),
+    "parallel": (1, 1.5),
+    "cascade": (1, 1.5),
+    "class_token": (2, 2.0),
     "end_token": (0, 1.0),
 }
 
