@@ -14,12 +14,13 @@ from tests.interop.image_towers import BEIT, CASES, CLASSES, DINOV2, SIZE, TOWER
 
 
 def assert_as_stored(model, name):
+    """Within 1e-5: these weights are small, and so is what a bias of attention changes."""
     wanted = np.load(folders.GOLDENS / "image_towers.npz")
     outputs = image_towers.ours(model, folders.pixels(3, SIZE))
     stored = [key for key in outputs if f"{name} {key}" in wanted]
     assert stored
     for key in stored:
-        assert folders.relative_error(outputs[key], wanted[f"{name} {key}"]) < 1e-4, key
+        assert folders.relative_error(outputs[key], wanted[f"{name} {key}"]) < 1e-5, key
 
 
 @pytest.mark.parametrize("name", CASES)
