@@ -59,8 +59,10 @@ def _own(folder: Folder) -> Tokenizer | None:
 
 def name(settings: dict[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
     """The settings of a model with what they say of its tokenizer, which is written beside them."""
-    clean = tokenizer.to_json()["layout"]["clean"]
-    if clean == "open_clip":  # open_clip has it
+    saved = tokenizer.to_json()
+    clean = saved["layout"]["clean"]
+    is_bpe = saved["format"] == "tokenizer.json" and saved["data"]["model"].get("end_of_word_suffix") == "</w>"
+    if clean == "open_clip" and is_bpe and not tokenizer.pad_id:  # the vocabulary that open_clip has itself
         return settings
     theirs = {ours: name for name, ours in _CLEANERS.items()} | {"siglip": "canonicalize"}
     named = {"hf_tokenizer_name": ".", "tokenizer_kwargs": {"clean": theirs.get(clean, "whitespace")}}

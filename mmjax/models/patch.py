@@ -18,10 +18,11 @@ def normalize(
 class PatchEmbed(nn.Module):
     """Cuts an image into square patches, row by row, and projects each one (Dosovitskiy et al. 2021, eq. 1).
 
-    Takes patches that are cut already, too, their values in the order of rows, columns and channels.
+    What is left over on the right and at the bottom is not seen: SigLIP's largest model has images of 384 pixels and
+    patches of 14. Takes patches that are cut already, too, their values in the order of rows, columns and channels.
 
     Raises:
-      ValueError: a side is not a multiple of the patch size.
+      ValueError: the image is smaller than a patch.
     """
 
     patch: int
@@ -38,8 +39,9 @@ class PatchEmbed(nn.Module):
 
     def _cut(self, image: Array) -> Float[Array, "batch tokens values"]:
         batch, height, width, channels = image.shape
-        if height % self.patch or width % self.patch:
-            raise ValueError(f"an image of {height}x{width} cannot be cut into patches of {self.patch}")
         rows, columns = height // self.patch, width // self.patch
-        patches = image.reshape(batch, rows, self.patch, columns, self.patch, channels)
+        if not rows or not columns:
+            raise ValueError(f"an image of {height}x{width} cannot be cut into patches of {self.patch}")
+        whole = image[:, : rows * self.patch, : columns * self.patch]
+        patches = whole.reshape(batch, rows, self.patch, columns, self.patch, channels)
         return patches.transpose(0, 1, 3, 2, 4, 5).reshape(batch, rows * columns, -1)

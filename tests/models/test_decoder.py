@@ -20,6 +20,8 @@ VARIANTS = [
     {"reads": "text"},
     {"reads": "text", "start": False, "image_queries": 4, "norm": "post"},
     {"reads": "text", "image": "prefix", "transform": True},
+    {"reads": "text", "start": False, "cross_mlp": True, "image_class_token": False, "head_bias": False},
+    {"cross_mlp": True, "image_queries": 4, "query_norm": "input", "query_heads": 1},
     {"reads": "text", "image": "prefix", "start": False, "image_queries": 4, "transform": True, "norm": "post"},
 ]
 

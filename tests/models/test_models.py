@@ -145,8 +145,10 @@ def test_patches_are_cut_row_by_row(mesh):
     tokens = module.apply(params, image)
     assert tokens.shape == (1, 6, 12)
     np.testing.assert_array_equal(tokens[0, 4], image[0, 2:4, 2:4].ravel())
-    with pytest.raises(ValueError, match="4x6 cannot be cut into patches of 4"):
-        PatchEmbed(patch=4, width=12).init(KEY, image)
+    left_over = np.pad(image, ((0, 0), (0, 1), (0, 1), (0, 0)), constant_values=7.0)
+    np.testing.assert_array_equal(module.apply(params, left_over), tokens)
+    with pytest.raises(ValueError, match="4x6 cannot be cut into patches of 5"):
+        PatchEmbed(patch=5, width=12).init(KEY, image)
 
 
 @given(rows=st.integers(1, 6), columns=st.integers(1, 6))
