@@ -111,10 +111,10 @@ def _sentence_pooling(files: Mapping[str, Json]) -> str:
     if lower and not files.get("tokenizer_config.json", {}).get("do_lower_case"):
         raise UserError(f"{_SENTENCES}: do_lower_case is on, and the tokenizer keeps capitals")
     pooling = files.get(_POOLING, {})
-    named = pooling.get("pooling_mode", ())
-    modes = [named] if isinstance(named, str) else [*named]
-    modes += [key.removeprefix("pooling_mode_") for key, value in pooling.items() if value is True]
-    modes = sorted({mode for mode in modes if f"pooling_mode_{mode}" in pooling or mode in named})
+    named, older = pooling.get("pooling_mode", ()), "pooling_mode_"
+    modes = {named} if isinstance(named, str) else {*named}
+    modes |= {key.removeprefix(older) for key, value in pooling.items() if key.startswith(older) and value is True}
+    modes = sorted(modes)
     if len(modes) != 1 or modes[0] not in _MODES:
         raise UserError(f"{_POOLING}: texts are pooled by {' and '.join(modes) or 'nothing'}, neither cls nor mean")
     return _MODES[modes[0]]
