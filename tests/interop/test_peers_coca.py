@@ -6,7 +6,9 @@ import jax
 import numpy as np
 import pytest
 
+from mmjax.interop import pretrained, registry, table
 from mmjax.models.multimodal import Text
+from mmjax.sharding.mesh import make_mesh
 from tests.interop import folders, open_clip_peer, peers
 
 open_clip = open_clip_peer.library()
@@ -145,3 +147,23 @@ def test_features_and_captions_agree_both_ways(case, tmp_path):
     assert_agrees(model, (reference, again), pixels, ids)
     if settings["text_cfg"]["embed_cls"]:  # without, open_clip has no mask for a part of a text
         assert_captions_agree(model, (reference, again), folders.pixels(12, 28))
+
+
+@pytest.mark.slow
+def test_features_and_caption_logits_agree_in_the_published_shape(tmp_path):
+    settings = open_clip.get_model_config("coca_ViT-B-32")
+    reference = open_clip_peer.build(tmp_path / "theirs", settings)
+    model, again = open_clip_peer.there_and_back(tmp_path / "theirs", tmp_path / "ours")
+    pixels, ids = folders.pixels(2, 224), open_clip_peer.ids(settings["text_cfg"], 2)
+    assert_agrees(model, (reference, again), pixels, ids)
+
+
+@pytest.mark.parametrize("name", ["coca_ViT-B-32", "coca_ViT-L-14", "coca_base"])
+def test_every_tensor_of_the_published_models_has_its_place(name):
+    with torch.device("meta"):
+        reference = open_clip.create_model(name, pretrained=None, load_weights=False, device="meta")
+    family = registry.FAMILIES["open_clip"]
+    config = family.to_config({"model_cfg": open_clip.get_model_config(name)}, {})
+    shapes = pretrained.shapes_of(config, make_mesh(devices=jax.devices()[:1]))
+    expected = table.expected(family.table(config), shapes)
+    assert expected == {key: tuple(value.shape) for key, value in reference.state_dict().items()}

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from mmjax import api
+from mmjax.data import image as image_ops
 from mmjax.interop import pretrained, registry, table
 from mmjax.models.multimodal import tower_size
 from mmjax.sharding.mesh import make_mesh
@@ -130,3 +131,105 @@ def test_every_tensor_of_the_published_models_has_its_place(name):
         assert (block.mlp.act.__class__.__name__ == "GELUTanh") == (image.activation == "gelu_tanh")
         assert block.attn.num_heads == tower_size(image).heads
         assert reference.visual.trunk.patch_embed.img_size == (image.image_size,) * 2
+
+
+SENTENCES = [
+    "a photo of a cat",
+    "It's  a_DOG!\n",
+    "caf&eacute; ½ “quoted” ﬁne — naïve",
+    "",
+    "!",
+    "ＡＢＣ 123 don't 中文 🙂",
+    "word " * 30,
+]
+
+
+@pytest.fixture(scope="module")
+def own_vocabulary(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("own")
+    open_clip_peer.build(folder, small(text={"vocab_size": 49_408}))
+    return folder
+
+
+def assert_same_ids(model, folder, length=12):
+    wanted = open_clip.get_tokenizer(f"local-dir:{folder}")(SENTENCES).numpy()
+    np.testing.assert_array_equal(model.tokenizer.encode(SENTENCES, length), wanted)
+
+
+def test_the_own_vocabulary_gives_the_same_ids_both_ways(own_vocabulary, tmp_path):
+    """From the package, since the folder has none; what is exported is open_clip's own again."""
+    model = api.load(own_vocabulary)
+    assert_same_ids(model, own_vocabulary)
+    pretrained.save(tmp_path / "out", model.config, model.params, model.tokenizer, "open_clip")
+    assert_same_ids(model, tmp_path / "out")
+    assert_same_ids(api.load(tmp_path / "out"), tmp_path / "out")
+    text = model.encode_text(SENTENCES)
+    reference = open_clip.create_model_from_pretrained(f"local-dir:{tmp_path / 'out'}")[0].eval()
+    with torch.inference_mode():
+        ids = open_clip.get_tokenizer(f"local-dir:{own_vocabulary}")(SENTENCES)
+        wanted = reference.encode_text(ids, normalize=True).numpy()
+    assert folders.relative_error(text, wanted) < peers.TOLERANCE
+
+
+def test_files_of_hugging_face_beside_the_own_vocabulary_give_the_same_ids(own_vocabulary, tmp_path):
+    """As in many folders on the hub: CLIP's tokenizer of transformers, which open_clip does not read."""
+    import transformers
+    from open_clip.tokenizer import SimpleTokenizer
+
+    own = SimpleTokenizer()
+    names = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
+    vocabulary = {names.get(name, name): index for name, index in own.encoder.items()}
+    tokenizer = transformers.CLIPTokenizer(vocab=vocabulary, merges=sorted(own.bpe_ranks, key=own.bpe_ranks.get))
+    for file in own_vocabulary.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    tokenizer.save_pretrained(tmp_path)
+    assert_same_ids(api.load(tmp_path), tmp_path)
+
+
+@pytest.mark.parametrize("clean", [None, "lower", "whitespace", "canonicalize"])
+@pytest.mark.parametrize("strip", [False, True])
+def test_named_tokenizers_give_the_same_ids_both_ways(clean, strip, tmp_path):
+    options = ({"clean": clean} if clean else {}) | ({"strip_sep_token": True} if strip else {})
+    text = {"hf_tokenizer_name": "somebody/words", "tokenizer_kwargs": options, "pool_type": "last"}
+    open_clip_peer.build(tmp_path / "theirs", small(text=text))
+    words(tmp_path / "theirs")
+    model = api.load(tmp_path / "theirs")
+    assert_same_ids(model, tmp_path / "theirs")
+    if not strip:  # a text without an end cannot be exported
+        pretrained.save(tmp_path / "ours", model.config, model.params, model.tokenizer, "open_clip")
+        assert_same_ids(model, tmp_path / "ours")
+
+
+def words(folder):
+    import tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    names = ["[PAD]", "[CLS]", "[SEP]", "a", "photo", "of", "cat", "it's", "It's", "its", "a_DOG!", "a_dog!", "dog"]
+    names += ["½", '"quoted"', "quoted", "fine", "!", "?", "don't", "dont", "Don't", "café", "word"]
+    vocabulary = {name: index for index, name in enumerate(names)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="?"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    around = [("[CLS]", 1), ("[SEP]", 2)]
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing("[CLS] $A [SEP]", special_tokens=around)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]"
+    ).save_pretrained(folder)
+
+
+@pytest.mark.parametrize("resize", ["shortest", "squash"])
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear", "random"])
+def test_images_are_resized_as_there(resize, interpolation, tmp_path):
+    from PIL import Image
+
+    preprocess = open_clip_peer.PREPROCESS | {"resize_mode": resize, "interpolation": interpolation}
+    open_clip_peer.build(tmp_path / "theirs", SMALL, preprocess)
+    model, _ = open_clip_peer.there_and_back(tmp_path / "theirs", tmp_path / "ours")
+    encoder = model.config.model.encoders.image
+    transforms = [
+        open_clip.create_model_from_pretrained(f"local-dir:{tmp_path / name}")[1] for name in ("theirs", "ours")
+    ]
+    for height, width in ((28, 28), (37, 50), (51, 28), (90, 41), (30, 33)):
+        image = np.random.default_rng(height).integers(0, 256, (height, width, 3), np.uint8)
+        found = peers.normalized(image_ops.for_evaluation(image, image_ops.fit_of(encoder))[None], encoder)[0]
+        for transform in transforms:
+            np.testing.assert_allclose(found, transform(Image.fromarray(image)), atol=1e-5)
