@@ -14,7 +14,7 @@ from mmjax.errors import UserError
 from mmjax.models.multimodal import MultimodalModel, Text
 
 if TYPE_CHECKING:
-    from mmjax.api import Model
+    from mmjax.model import Model
 
 BATCH_SIZE = 32
 Candidates = list[tuple[str, float]]  # tokens and their probabilities, the likeliest first

@@ -19,7 +19,7 @@ from mmjax.models.generate import Strategy, generate, make_strategy
 from mmjax.models.multimodal import MultimodalModel, audio_samples
 
 if TYPE_CHECKING:
-    from mmjax.api import Model
+    from mmjax.model import Model
 
 BATCH_SIZE = 16  # windows of 30 seconds
 TASKS = ("transcribe", "translate")

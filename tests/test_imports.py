@@ -8,13 +8,13 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "mmjax"
 PROGRAMS = {"main", "evaluate", "prepare", "convert", "embed", "export"}
 FORBIDDEN = {
-    "interop": {"training", "evaluators", "api"},
-    "sharding": {"models", "objectives", "data", "training", "evaluators", "api", "config", "interop"},
-    "models": {"data", "objectives", "training", "evaluators", "api", "interop"},
-    "objectives": {"data", "training", "evaluators", "api", "interop"},
-    "data": {"models", "objectives", "training", "evaluators", "api", "sharding", "interop"},
+    "interop": {"training", "evaluators", "api", "model"},
+    "sharding": {"models", "objectives", "data", "training", "evaluators", "api", "model", "config", "interop"},
+    "models": {"data", "objectives", "training", "evaluators", "api", "model", "interop"},
+    "objectives": {"data", "training", "evaluators", "api", "model", "interop"},
+    "data": {"models", "objectives", "training", "evaluators", "api", "model", "sharding", "interop"},
     "evaluators": {"models", "objectives", "training", "sharding"},
-    "report": {"models", "objectives", "data", "training", "evaluators", "sharding", "api"},
+    "report": {"models", "objectives", "data", "training", "evaluators", "sharding", "api", "model"},
 }
 
 
