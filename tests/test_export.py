@@ -279,5 +279,7 @@ def test_the_programs_mistakes_are_one_line(arguments, message):
     assert code == 2 and message in output and len(output.strip().splitlines()) == 1, output
 
 
-def test_importing_it_defines_no_flags():
+def test_help_explains_the_program_and_importing_it_defines_no_flags():
+    code, output = programs.run("export", "--help")
+    assert code == 0 and "python -m mmjax.export" in output and "--platforms: where it can run" in output
     assert "platforms" not in flags.FLAGS
