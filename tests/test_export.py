@@ -92,6 +92,23 @@ def test_any_batch_size_or_one(image_file, tmp_path):
         call(tmp_path / "two.npz", IMAGES[:3])
 
 
+def test_texts_may_be_cut_where_padding_is_ignored(tmp_path, openmoji_folder):
+    """To what the longest of them needs; the same embeddings, from less work."""
+    one = model()
+    ids = one.token_ids(["a dog", "cat"])
+    export.encoder(one, "text", tmp_path / "text.npz")
+    assert (ids[:, 4:] == 0).all()
+    expected = one.encode_text(["a dog", "cat"])
+    for length in (4, 8):
+        np.testing.assert_allclose(call(tmp_path / "text.npz", ids[:, :length]), expected, atol=1e-6)
+    with pytest.raises(ValueError):
+        call(tmp_path / "text.npz", np.pad(ids, ((0, 0), (0, 1))))
+    config = config_of(everything=False)
+    config.model.encoders.text.mask_padding = False
+    about = export.encoder(api.Model(config, one.params, None, one.mesh), "text", tmp_path / "whole.npz")
+    assert about["input"]["shape"] == ["batch", 8]
+
+
 @pytest.mark.sharding
 def test_a_model_on_eight_devices_becomes_a_program_for_one(image_file, tmp_path):
     export.encoder(model(SHARDED), "image", tmp_path / "image.npz")
@@ -154,9 +171,9 @@ def test_the_other_file_says_what_the_user_has_to_know(image_file, tmp_path, ope
     assert about["parameter_bytes"] == sum(array.nbytes for array in read(image_file)[1].values())
     written = export.encoder(model(), "text", tmp_path / "text.npz")
     about = json.loads((tmp_path / "text.json").read_text())
-    assert about == written and about["input"] == {"shape": ["batch", 8], "dtype": "int32"}
+    assert about == written and about["input"] == {"shape": ["batch", "length"], "dtype": "int32"}
     tokenizer = tokenizers.from_json(about["reading"]["tokenizer"])
-    np.testing.assert_array_equal(tokenizer.encode(TEXTS, 8), model().token_ids(TEXTS))
+    np.testing.assert_array_equal(tokenizer.encode(TEXTS, about["reading"]["length"]), model().token_ids(TEXTS))
     scaled = (
         about["similarity"]["logit_scale"]
         * call(image_file, IMAGES)
@@ -226,6 +243,8 @@ def test_families_with_their_own_inputs_and_parts(tmp_path, family):
     about = export.encoder(one, modality, tmp_path / "encoder.npz")
     np.testing.assert_allclose(call(tmp_path / "encoder.npz", rows), expected, atol=1e-6)
     described = jax.tree.map(lambda x: {"shape": ["batch", *x.shape[1:]], "dtype": x.dtype.name}, rows)
+    if family == "bert":
+        described["shape"][1] = "length"
     assert about["input"] == described and ("similarity" in about) == (family == "siglip2")
     if modality == "image":
         again = Reader(**about["reading"])(folders.pixels(3, 20))
@@ -236,7 +255,7 @@ def test_the_program(tmp_path):
     source = folders.write(tmp_path / "clip", "clip", settings_with("gelu"))
     arguments = [f"--model={source}", "--modality=text", f"--out={tmp_path / 'text.npz'}"]
     code, output = programs.run("export", *arguments, "--weights=int8", "--platforms=cpu,tpu", devices=2)
-    line = f"{tmp_path / 'text.npz'}: int32 [batch, 6] -> float32 [batch, 8], 0.0 MB of parameters, for cpu, tpu\n"
+    line = f"{tmp_path / 'text.npz'}: int32 [batch, length] -> float32 [batch, 8], 0.0 MB of parameters, for cpu, tpu\n"
     assert code == 0 and output.endswith(line), output
     ids = np.array([[38, 5, 7, 39, 39, 39]], np.int32)
     loaded = api.load(source, weights="int8")
@@ -260,5 +279,7 @@ def test_the_programs_mistakes_are_one_line(arguments, message):
     assert code == 2 and message in output and len(output.strip().splitlines()) == 1, output
 
 
-def test_importing_it_defines_no_flags():
+def test_help_explains_the_program_and_importing_it_defines_no_flags():
+    code, output = programs.run("export", "--help")
+    assert code == 0 and "python -m mmjax.export" in output and "--platforms: where it can run" in output
     assert "platforms" not in flags.FLAGS
