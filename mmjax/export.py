@@ -4,8 +4,8 @@
     python -m mmjax.export --model=runs/quickstart --modality=text --out=text.npz --platforms=cuda,tpu
     python -m mmjax.export --model=google/siglip-base-patch16-224 --modality=image --out=image.npz --weights=int8
 
---model is what `mmjax.load` takes. Beside image.npz it writes image.json: what goes in and what comes out, how images
-are read, the tokenizer. docs/inference.md shows how the file is used.
+--model is what `mmjax.load` takes. Beside image.npz it writes image.json: what goes in and what comes out, how inputs
+are made, the tokenizer. docs/inference.md shows how the file is used.
 Exit codes: 0 done, 2 a mistake in the flags.
 """
 
@@ -46,7 +46,7 @@ def encoder(
 
     Args:
       model: a `mmjax.api.Model`, in one process. Its parameters are written as they are: float32, bfloat16 or int8.
-      modality: "image" or "text".
+      modality: "image", "text" or "audio".
       path: of the file, which has to end in .npz; what is there is replaced.
       platforms: where the program can run: some of "cpu", "cuda", "rocm" and "tpu".
       batch_size: that of every call; None leaves it open, and a call of another size compiles again.
@@ -61,7 +61,7 @@ def encoder(
     """
     check(modality, path, platforms, batch_size, compute)
     path = Path(path)
-    model.needs(modality, f"encode an input of the modality {modality}")
+    model.needs_encoder(modality)
     if compute == "auto":
         compute = model.config.precision.compute
     if compute == "auto":
@@ -137,7 +137,15 @@ def _text(model: Any) -> Input:
     return Input(((settings.length,), "int32"), reading)
 
 
-INPUTS: Mapping[str, Callable[[Any], Input]] = {"image": _image, "text": _text}
+def _audio(model: Any) -> Input:
+    from mmjax.models.multimodal import audio_samples
+
+    settings = model.config.model.encoders.audio
+    reading = {"sample_rate": settings.sample_rate, "seconds": settings.seconds, "channels": 1, "range": [-1, 1]}
+    return Input(((audio_samples(settings),), "float32"), reading)
+
+
+INPUTS: Mapping[str, Callable[[Any], Input]] = {"image": _image, "text": _text, "audio": _audio}
 
 
 class _Tower(NamedTuple):
@@ -263,7 +271,7 @@ def _shown(arrays: Mapping[str, Any]) -> str:
 def _define_flags() -> None:
     """Only for the program: who imports this module has flags of its own."""
     flags.DEFINE_string("model", None, "what `mmjax.load` takes: a run, a folder, a name on the hub")
-    flags.DEFINE_string("modality", None, "which encoder: image or text")
+    flags.DEFINE_string("modality", None, "which encoder: image, text or audio")
     flags.DEFINE_string("out", None, "the file to write, NAME.npz; NAME.json goes beside it")
     flags.DEFINE_list("platforms", [*ANYWHERE], "where it can run, of cpu, cuda, rocm and tpu")
     flags.DEFINE_integer("batch_size", 0, "of every call; 0 leaves it open")

@@ -297,8 +297,7 @@ class Model:
           UserError: the model's recordings share no space with images or texts; otherwise as `transcribe`.
         """
         self.needs("audio", "read recordings")
-        if not {"image", "text"} & set(self.module.parts):
-            raise UserError("this model embeds no recordings: it has no tower to compare them with")
+        self.needs_encoder("audio")
         load = speech.loader(self.config.model.encoders.audio, audios)
         return self.encode_rows("audio", len(audios), load, speech.BATCH_SIZE)
 
@@ -444,6 +443,12 @@ class Model:
         """
         if part not in self.module.parts:
             raise UserError(f"this model cannot {to}: none of its objectives trains that")
+
+    def needs_encoder(self, modality: str) -> None:
+        """Raises UserError where the model has no tower of a modality, or one of speech alone, which embeds nothing."""
+        self.needs(modality, f"encode an input of the modality {modality}")
+        if modality == "audio" and not {"image", "text"} & set(self.module.parts):
+            raise UserError("this model embeds no recordings: it has no tower to compare them with")
 
     def encode_rows(self, modality: str, count: int, load_rows: LoadRows, batch_size: int = BATCH_SIZE) -> Embeddings:
         """Encodes `count` rows in batches of one shape; every process gets all of the result.

@@ -17,8 +17,7 @@ from tests.interop import whispers
 RATE = 1_600
 
 
-@pytest.fixture(scope="module")
-def model():
+def towers():
     """Random towers of recordings of a second, and of texts."""
     size = {"width": 16, "depth": 1, "heads": 2, "mlp_dim": 32}
     config = configs.default()
@@ -29,6 +28,11 @@ def model():
     with jax.set_mesh(mesh):
         params = jax.jit(partial(api.init_params, config, api.make_module(config)))()
     return api.Model(config, params, text.HuggingFaceTokenizer(whispers.tokenizer()), mesh)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return towers()
 
 
 def recording(number, seconds=0.8):

@@ -20,7 +20,7 @@ from mmjax.data import text as tokenizers
 from mmjax.data.image_reader import Reader
 from mmjax.errors import UserError
 from mmjax.models import attention
-from tests import programs
+from tests import programs, test_api_audio
 from tests.interop import folders, image_towers, test_bert, test_siglip
 from tests.interop.test_clip import settings_with
 from tests.test_api_text import IMAGES, TEXTS, config_of
@@ -213,6 +213,15 @@ def test_a_model_without_that_encoder_says_so(tmp_path, openmoji_folder):
     config.model.parts = ("text",)
     with pytest.raises(UserError, match="cannot encode an input of the modality image"):
         export.encoder(api.Model(config, model().params, None, model().mesh), "image", tmp_path / "image.npz")
+
+
+def test_recordings(tmp_path):
+    one = test_api_audio.towers()
+    about = export.encoder(one, "audio", tmp_path / "audio.npz")
+    assert about["input"] == {"shape": ["batch", 1600], "dtype": "float32"} and about["reading"]["sample_rate"] == 1600
+    recordings = [test_api_audio.recording(number, 1.0) for number in range(3)]
+    found = call(tmp_path / "audio.npz", np.stack(recordings))
+    np.testing.assert_allclose(found, one.encode_audio(recordings), atol=1e-6)
 
 
 def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch, openmoji_folder):

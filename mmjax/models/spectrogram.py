@@ -35,7 +35,7 @@ def log_mel(
     padded = jnp.pad(audio.astype(jnp.float32), ((0, 0), (fft // 2, fft // 2)), mode="reflect")
     steps = -(-fft // hop)  # a frame is so many steps of `hop` samples, the last one cut
     padded = jnp.pad(padded, ((0, 0), (0, max(0, (frames + steps - 1) * hop - padded.shape[1]))))
-    hops = padded[:, : (frames + steps - 1) * hop].reshape(len(audio), -1, hop)
+    hops = padded[:, : (frames + steps - 1) * hop].reshape(audio.shape[0], -1, hop)
     framed = jnp.concatenate([hops[:, step : step + frames] for step in range(steps)], axis=2)[..., :fft]
     exact = jax.lax.Precision.HIGHEST
     real, imaginary = jnp.split(jnp.matmul(framed, fourier_matrix(fft), precision=exact), 2, axis=2)
