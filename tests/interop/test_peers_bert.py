@@ -88,7 +88,6 @@ def test_logits_of_hidden_tokens_agree_both_ways(kind, settings, tmp_path):
 def test_likeliest_tokens_are_those_of_a_pipeline(tmp_path):
     model, exported = peers.there_and_back(reference_of("BertForMaskedLM", SMALL), tmp_path, bert_tokenizer.write)
     pipeline = transformers.pipeline("fill-mask", model=str(exported), top_k=4)
-    assert model.fill_mask(TEXTS[0], top_k=4) == model.fill_mask(TEXTS, top_k=4)[0]
     for text, of_text in zip(TEXTS, model.fill_mask(TEXTS, top_k=4), strict=True):
         wanted = pipeline(text)
         wanted = wanted if isinstance(wanted[0], list) else [wanted]
