@@ -139,12 +139,15 @@ class Model:
         Raises:
           UserError: the model came without a tokenizer.
         """
+        return self._known_tokenizer().encode(list(texts), self.config.model.encoders.text.length)
+
+    def _known_tokenizer(self) -> tokenizers.Tokenizer:
         if self.tokenizer is None:
             raise UserError(
                 "this model came without a tokenizer, so it can read ids alone: put its tokenizer.json (of open_clip's "
                 "models: bpe_simple_vocab_16e6.txt.gz) beside its weights"
             )
-        return self.tokenizer.encode(list(texts), self.config.model.encoders.text.length)
+        return self.tokenizer
 
     def similarity(
         self, image_embeddings: Embeddings | Embedding, text_embeddings: Embeddings | Embedding
@@ -376,7 +379,7 @@ class Model:
 
     def _prompts(self, prompts: Sequence[str], max_new_tokens: int) -> tuple[np.ndarray, np.ndarray]:
         """Their ids without the end token, with room for what follows them, and how many they are."""
-        tokenizer, text = self.tokenizer, self.config.model.encoders.text
+        tokenizer, text = self._known_tokenizer(), self.config.model.encoders.text
         if not self.config.model.decoder.start and tokenizer.start_id is None:
             raise UserError("config.model.decoder.start is off, and the tokenizer has no start token")
         ids = tokenizer.encode(list(prompts), text.length)

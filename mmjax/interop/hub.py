@@ -1,6 +1,7 @@
 """Bringing a pretrained model's files here: from the Hugging Face hub, or from an object store."""
 
 import glob
+import json
 import os
 import re
 from collections.abc import Collection, Iterable
@@ -12,15 +13,16 @@ from mmjax.files import NO_SPACE, cache_folder, copied, fingerprint, reading, re
 
 # Settings, tokenizers and checksums: small, so all of them are brought. Those one folder down are of parts of a model,
 # as `1_Pooling/config.json` is.
-_SMALL = ("*.json", "*.txt", "*.model", "SHA256SUMS")
+_SMALL = ("*.json", "*.txt", "*.txt.gz", "*.model", "SHA256SUMS")
 _NOT_SMALL = ("*/*/*", ".*")
 INDEX = ".index.json"
+_OPEN_CLIP = "open_clip_model.safetensors"
 # The files that weights are in, the first that is there.
 _WEIGHTS = (
     "model.safetensors",
     "model.safetensors" + INDEX,
-    "open_clip_model.safetensors",
-    "open_clip_model.safetensors" + INDEX,
+    _OPEN_CLIP,
+    _OPEN_CLIP + INDEX,
 )
 _PICKLES = ("pytorch_model.bin", "open_clip_pytorch_model.bin")
 # What a trainer leaves beside the weights.
@@ -79,9 +81,9 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
-def _wanted(names: Collection[str], source: str, allow_pickle: bool) -> list[str]:
+def _wanted(names: Collection[str], source: str, allow_pickle: bool, first: str = "") -> list[str]:
     """What of a folder elsewhere is brought: small files, and the weights with all that their index may name."""
-    chosen = weights(names, source, allow_pickle)
+    chosen = weights(names, source, allow_pickle, first)
     is_index = chosen.endswith(INDEX)
     shards = [n for n in names if is_index and _SHARD.fullmatch(n) and n.endswith(".safetensors")]
     return sorted({*small(names), chosen, *shards})
@@ -109,16 +111,32 @@ def download(name: str, revision: str | None, source: str, allow_pickle: bool) -
     except Exception as error:  # each version of the library raises others where there is no connection
         _tell_refusal(error, source, revision)
         return _cached(name, revision, source, error)
-    wanted = _wanted([file.rfilename for file in found.siblings or ()], source, allow_pickle)
-    try:
-        # Names are patterns there.
-        patterns = [glob.escape(each) for each in wanted]
+    names = [file.rfilename for file in found.siblings or ()]
+
+    def bring(wanted: list[str]) -> Path:
+        patterns = [glob.escape(each) for each in wanted]  # names are patterns there
         return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=patterns))
+
+    try:
+        first = ""
+        if _OPEN_CLIP in names and "config.json" in names and not _is_transformers(bring(["config.json"])):
+            first = _OPEN_CLIP
+        return bring(_wanted(names, source, allow_pickle, first))
+    except UserError:
+        raise
     except Exception as error:
         if isinstance(error, OSError) and error.errno in NO_SPACE:
             raise
         _tell_refusal(error, source, revision)
         raise UserError(f"{source}: downloading stopped, and goes on the next time: {one_line(error)}") from error
+
+
+def _is_transformers(folder: Path) -> bool:
+    """Whether a config.json is of transformers; timm's, beside a model of open_clip, is of its image tower alone."""
+    try:
+        return "model_type" in json.loads((folder / "config.json").read_bytes())
+    except ValueError:
+        return True
 
 
 def _tell_refusal(error: Exception, source: str, revision: str | None) -> None:

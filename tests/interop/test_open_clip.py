@@ -240,6 +240,8 @@ def test_open_clips_own_vocabulary_is_that_of_the_folder_or_of_the_package(tmp_p
     assert model.tokenizer is None
     with pytest.raises(UserError, match=r"without a tokenizer.*put .*bpe_simple_vocab_16e6\.txt\.gz"):
         model.encode_text(["dog"])
+    with pytest.raises(UserError, match="without a tokenizer"):
+        load(write(tmp_path / "coca", "coca")).caption([*pixels()])
     wanted = tokenizers.load(bpe(package / open_clip_vocabulary())).encode(["A  DOG", "abc &amp; dog"], 6)
     without_open_clip(monkeypatch, package / "__init__.py")
     np.testing.assert_array_equal(load(folder).tokenizer.encode(["A  DOG", "abc &amp; dog"], 6), wanted)

@@ -206,6 +206,15 @@ def test_a_model_is_downloaded_once(tmp_path, files):
             assert ("HF_HUB_OFFLINE is set" if offline else "the hub cannot be reached") in str(error.value)
 
 
+def test_beside_timms_weights_those_of_open_clip_are_downloaded(tmp_path, files):
+    """timm's config.json and model.safetensors are the image tower's alone."""
+    files |= {"config.json": b'{"architecture": "vit_base_patch32_clip_224"}', "open_clip_config.json": b"{}"}
+    files["open_clip_model.safetensors"] = files["model.safetensors"]
+    with fake_hub.hub(files, tmp_path / "hub"):
+        names = {path.name for path in store.find("owner/model").path.iterdir()}
+    assert "open_clip_model.safetensors" in names and "model.safetensors" not in names
+
+
 def test_names_that_look_like_patterns(tmp_path, files):
     files |= {"vocab[1].txt": b"x", "vocab1.txt": b"y"}
     with fake_hub.hub(files, tmp_path / "hub"):

@@ -5,17 +5,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.core import FrozenDict
+from flax.traverse_util import flatten_dict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmjax import config as configs
+from mmjax.building import init_params, make_module
 from mmjax.errors import UserError
 from mmjax.models import flops, position, variants
 from mmjax.models.attention import ATTENTION, Attention
 from mmjax.models.multimodal import ImageEncoder, MultimodalModel, tower_size
+from mmjax.models.outputs import Outputs
 from mmjax.models.patch import PatchEmbed
-from mmjax.models.pooling import Pool
+from mmjax.models.pooling import QUERY_NORMS, Pool, Queries
 from mmjax.models.transformer import Transformer
+from mmjax.objectives import captioning, contrastive
+from mmjax.validation import validate
 from tests import tiny
 
 KEY = jax.random.key(0)
@@ -237,7 +242,8 @@ def test_masked_padding_does_not_reach_the_embedding(mesh):
     rows = [[5, 6, 7, 0, 0, 0, 0, 0]]
     before = encode_text(module, params, rows)["embedding"]
     table = params["params"]["text"]["embed"]["position"]
-    params["params"]["text"]["embed"]["position"] = table.at[4:].add(3.0)
+    # Not by a constant: normalisations would take it away.
+    params["params"]["text"]["embed"]["position"] = table.at[3:].add(jax.random.normal(KEY, table[3:].shape))
     np.testing.assert_allclose(encode_text(module, params, rows)["embedding"], before, atol=1e-6)
 
 
@@ -247,6 +253,102 @@ def test_a_causal_tower_does_not_look_ahead(mesh):
     two = encode_text(module, params, [[5, 6, 7, 8, 1, 2, 3, 4]])["tokens"]
     np.testing.assert_allclose(one[0, :4], two[0, :4], atol=1e-6)
     assert np.abs(one[0, 4:] - two[0, 4:]).max() > 1e-3
+
+
+CLASS_TOKEN = {"causal": True, "class_token": True, "pooling": "last", "mask_padding": True}
+
+
+def test_a_class_token_stands_after_the_text_and_changes_none_of_it(mesh):
+    rows = [[5, 6, 7, 0, 0, 0, 0, 0], [5, 6, 7, 8, 9, 10, 11, 1]]
+    module, params = model(**CLASS_TOKEN)
+    encoded = encode_text(module, params, rows)
+    text = params["params"]["text"]
+    assert text["embed"]["position"].shape[0] == 9
+    np.testing.assert_array_equal(encoded["pooled"], encoded["tokens"][:, 8])
+    plain, _ = model(**CLASS_TOKEN | {"class_token": False})
+    bare = {name: value for name, value in text.items() if name != "class_token"}
+    bare["embed"] = text["embed"] | {"position": text["embed"]["position"][:8]}
+    tokens = encode_text(plain, {"params": params["params"] | {"text": bare}}, rows)["tokens"]
+    np.testing.assert_allclose(tokens[0, :3], encoded["tokens"][0, :3], atol=1e-5)
+    np.testing.assert_allclose(tokens[1], encoded["tokens"][1, :8], atol=1e-5)
+
+
+@pytest.mark.parametrize("shifted", [False, True])
+def test_what_a_class_token_sees_of_padding(mesh, shifted):
+    """Nothing; with the shifted mask the first padding, and of itself nothing where there is padding."""
+    module, params = model(**CLASS_TOKEN, shifted_mask=shifted)
+    rows = [[5, 6, 7, 0, 0, 0, 0, 0]]
+    table = params["params"]["text"]["embed"]["position"]
+
+    def moves(place):
+        added = jax.random.normal(KEY, table.shape[1:])
+        changed = {**params["params"]["text"]["embed"], "position": table.at[place].add(added)}
+        text = params["params"]["text"] | {"embed": changed}
+        found = encode_text(module, {"params": params["params"] | {"text": text}}, rows)["embedding"]
+        return np.abs(found - encode_text(module, params, rows)["embedding"]).max() > 1e-4
+
+    assert [moves(place) for place in range(8)] == [True] * 3 + [shifted] + [False] * 4
+
+
+def test_everything_in_cocas_published_structure_is_trained(mesh):
+    """Queries whose outputs another query pools, a class token of the text, and a decoder that reads both."""
+    config = tiny.get_config()
+    config.model.encoders.image.update({"queries": 3, "query_width": 16, "query_heads": 4, "pooling": "query"})
+    config.model.encoders.text.update(CLASS_TOKEN)
+    config.model.decoder = configs.decoder(depth=2, reads="text", width=32, heads=4, mlp_dim=64)
+    config.objectives.captioning = configs.objective(kind="captioning")
+    validate(config, 8)
+    module = make_module(config)
+    params = jax.jit(partial(init_params, config, module))()
+    images = jax.random.randint(KEY, (4, 28, 28, 3), 0, 256, jnp.uint8)
+    ids = jnp.array([[5, 6, 7, 1, 0, 0, 0, 0], [8, 1, 0, 0, 0, 0, 0, 0], [9, 4, 3, 5, 6, 7, 8, 1], [3, 4, 1] + [0] * 5])
+    batch = {"image": images, "text": ids, "rng": jax.random.split(KEY, 4)}
+
+    def loss(params):
+        outputs = Outputs(module, params, batch)
+        own = [contrastive.softmax(outputs, batch, KEY), captioning.captioning(outputs, batch, KEY)]
+        return sum(each[0] for each in own)
+
+    grads = jax.jit(jax.grad(loss))(params)
+    still = {name for name, leaf in flatten_dict(grads, sep="/").items() if not np.abs(leaf).max() > 0}
+    # Keys' biases move no attention, and softmax no bias of logits.
+    assert all(name.endswith("key/bias") or name == "logit_bias" for name in still), still
+    assert grads["image"]["queries"]["probe"].shape == (3, 16)
+
+
+def test_queries_normalise_what_they_are_told_to(mesh):
+    x = 5 + 2 * jax.random.normal(KEY, (2, 6, 8))
+    found = {}
+    for norm in QUERY_NORMS:
+        module = Queries(3, 4, 2, norm=norm)
+        params = module.init(KEY, x)
+        found[norm] = module.apply(params, x)
+        assert ("norm" in params["params"]) == (norm != "input")
+        scaled = module.apply(params, 3 * x)
+        assert np.allclose(scaled, found[norm], atol=1e-4) == (norm != "output")
+    for norm in ("output", "both"):
+        np.testing.assert_allclose(found[norm].mean(axis=-1), 0, atol=1e-5)
+    assert np.abs(found["input"].mean(axis=-1)).max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"image": {"query_norm": "none"}}, 'image.query_norm: unknown "none"'),
+        ({"image": {"queries": -1}}, "image.queries: -1 is less than 0"),
+        ({"image": {"queries": 2, "query_width": 20, "query_heads": 8}}, "query_heads: 8 heads do not divide width 20"),
+        ({"image": {"query_width": 16}}, "query_width: it needs queries"),
+        ({"image": {"queries": 2, "query_width": 16}}, "query_width: pooling map needs the tower's own, 32"),
+        ({"text": {"class_token": True}}, "class_token: it stands after the text: pooling has to be last"),
+        ({"text": {"shifted_mask": True}}, "shifted_mask: it needs class_token and mask_padding"),
+    ],
+)
+def test_settings_of_queries_and_class_tokens_that_cannot_work_are_named(changes, message):
+    config = tiny.get_config()
+    for name, fields in changes.items():
+        config.model.encoders[name].update(fields)
+    with pytest.raises(UserError, match=message):
+        validate(config, 1)
 
 
 def test_embeddings_have_unit_norm_and_the_scale_is_clamped(mesh):
@@ -267,6 +369,12 @@ def test_flops_agree_with_what_xla_counts(mesh):
     counted = jax.jit(tower.apply).lower(params, image).compile().cost_analysis()["flops"] / 4
     assert flops.tower_flops(encoder) == pytest.approx(counted, rel=0.1)
     assert tower_size(encoder).depth == 2
+    encoder.update({"queries": 96, "query_width": 96, "pooling": "query", "depth": 1})
+    tower = ImageEncoder(FrozenDict(encoder.to_dict()))
+    params = jax.eval_shape(partial(tower.init, method=encode), KEY, image)
+    run = partial(tower.apply, method=encode)
+    counted = jax.jit(run).lower(params, image).compile().cost_analysis()["flops"] / 4
+    assert flops.tower_flops(encoder) == pytest.approx(counted, rel=0.1)
 
 
 def test_peaks_are_found_by_the_names_that_devices_have():
