@@ -11,13 +11,13 @@ as many threads as there are cores; `..._compiled` is the same through `torch.co
 
     image     `--batch` images
     text      `--batch` texts of 77 tokens
-    caption   `--batch` captions of 8 to 16 tokens. mmjax cuts the padding off by itself; transformers is given the ids
-              as its tokenizer pads them (`padding=True`: to the longest); open_clip takes 77 alone
+    caption   `--batch` captions of 8 to 16 tokens. mmjax cuts the padding off by itself; transformers is given ids as
+              its tokenizer pads them (`padding=True`: to the longest); open_clip takes 77 alone
 
 Each system lives in a process of its own, is warm before the first round, and waits while another one works; they
-take turns, call by call, `--rounds` times. Rates are medians; a ratio is the median of the rounds' ratios, which a
-machine that gets slower and faster disturbs least. Where other programs take turns on the processors, who has more
-threads gets more of them, and threads that wait for each other lose most; so the ratio of rows per processor second
+take turns, call by call, `--rounds` times. Rates are medians; a ratio is the median of the rounds' ratios, which a machine
+that gets slower and faster disturbs least. Where other programs take turns on the processors, who has more threads
+gets more of them, and threads that wait for each other lose most; so the ratio of rows per processor second
 (`..._per_cpu`) is reported too, and `--cores=0` pins every system to one core.
 
 The peers need packages that mmjax does not: see benchmarks/quickstart.py, and `pip install transformers==5.24.0`.
@@ -31,8 +31,9 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import report
@@ -48,7 +49,8 @@ NEEDED = {
     "transformers": ("torch", "torchvision", "transformers"),
 }
 NEEDED |= {f"{name}_compiled": packages for name, packages in NEEDED.items()}
-TASKS = ("image", "text", "caption")
+UNITS = {"image": "images", "text": "texts", "caption": "texts"}
+TASKS = tuple(UNITS)
 Encode = Callable[[np.ndarray], np.ndarray]
 
 
@@ -139,23 +141,19 @@ def serve(arguments: argparse.Namespace) -> None:
     answers, sys.stdout = sys.stdout, sys.stderr  # for what libraries print
     if arguments.cores:
         os.sched_setaffinity(0, {int(core) for core in arguments.cores.split(",")})
-    system, _, compiled = (
-        arguments.only.partition("_compiled") if "compiled" in arguments.only else (arguments.only, "", None)
-    )
-    encoders = MAKERS[system](arguments.activation, compiled is not None)
+    system = arguments.only.removesuffix("_compiled")
+    encoders = MAKERS[system](arguments.activation, system != arguments.only)
     inputs = make_inputs(arguments.batch)
     if system != "mmjax":
         inputs["image"] = np.ascontiguousarray(inputs["image"].transpose(0, 3, 1, 2))
     if system == "transformers":
         inputs["caption"] = inputs["caption"][:, : CAPTION_LENGTHS[1]]
-    for task in arguments.tasks:
-        for _ in range(2):
-            features = encoders["image" if task == "image" else "text"](inputs[task])
+    for task in arguments.tasks * 2:
+        features = encoders["image" if task == "image" else "text"](inputs[task])
         assert features.shape == (arguments.batch, EMBED_DIM) and features.dtype == np.float32
         np.testing.assert_allclose(np.linalg.norm(features, axis=1), 1, rtol=1e-4)
     print("{}", file=answers, flush=True)
-    for line in sys.stdin:
-        task = line.strip()
+    for task in map(str.strip, sys.stdin):
         began, cpu_began = time.perf_counter(), time.process_time()
         encoders["image" if task == "image" else "text"](inputs[task])
         found = {"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - cpu_began}
@@ -177,7 +175,10 @@ def make_inputs(batch: int) -> dict[str, np.ndarray]:
 
 
 def make_mmjax(activation: str, compiled: bool) -> dict[str, Encode]:
-    """mmjax's towers, as `Model.encode_image` and `encode_text` use them after decoding and tokenising."""
+    """mmjax's model, from random weights; a "text" is its ids, so that its tokenizer has nothing to do."""
+    from mmjax import runtime
+
+    runtime.configure_jax()  # as `mmjax.load` does
     import jax
 
     from mmjax import api
@@ -185,19 +186,14 @@ def make_mmjax(activation: str, compiled: bool) -> dict[str, Encode]:
     from mmjax.interop import clip
     from mmjax.sharding.mesh import make_mesh
 
-    theirs = {
-        "vision_config": {"patch_size": PATCH_SIZE, "hidden_act": activation},
-        "text_config": {"hidden_act": activation},
-    }
-    config, mesh = clip.to_config(theirs, {}), make_mesh()
-    config = configs.completed(config)
+    vision = {"patch_size": PATCH_SIZE, "hidden_act": activation}
+    theirs = {"vision_config": vision, "text_config": {"hidden_act": activation}}
+    config, mesh = configs.completed(clip.to_config(theirs, {})), make_mesh()
     with jax.set_mesh(mesh):
         params = jax.jit(lambda: api.init_params(config, api.make_module(config)))()
-    model = api.Model(config, params, None, mesh)
-    return {
-        "image": lambda rows: model.encode_rows("image", len(rows), rows.__getitem__, len(rows)),
-        "text": lambda rows: model.encode_rows("text", len(rows), rows.__getitem__, len(rows)),
-    }
+    tokenizer = SimpleNamespace(encode=lambda texts, length: np.stack(texts))
+    model = api.Model(config, params, tokenizer, mesh)
+    return {"image": lambda rows: model.encode_rows("image", len(rows), rows.__getitem__), "text": model.encode_text}
 
 
 def make_open_clip(activation: str, compiled: bool) -> dict[str, Encode]:
@@ -273,19 +269,18 @@ def torch_encoders(torch, image: Callable, text: Callable, compiled: bool) -> di
 MAKERS = {"mmjax": make_mmjax, "open_clip": make_open_clip, "transformers": make_transformers}
 
 
-def summary(rounds: Iterable[Mapping[str, Mapping[str, float]]], batch: int) -> dict[str, float]:
+def summary(rounds: Sequence[Mapping[str, Mapping[str, float]]], batch: int) -> dict[str, float]:
     """The medians over the rounds, and those of the ratios to mmjax."""
-    metrics, unit = {}, {"image": "images", "text": "texts", "caption": "texts"}
-    rounds = list(rounds)
+    metrics = {}
     for task in TASKS:
-        systems = [name.partition("/")[0] for name in rounds[0] if name.endswith(f"/{task}")]
-        own = "mmjax" if systems else None
-        for system in sorted(systems, key=lambda name: name != own):
+        systems = [name.removesuffix(f"/{task}") for name in rounds[0] if name.endswith(f"/{task}")]
+        own, peers = f"mmjax/{task}", [system for system in systems if system != "mmjax"]
+        for system in ["mmjax", *peers] if systems else ():
             seconds = statistics.median(found[f"{system}/{task}"]["seconds"] for found in rounds)
-            metrics[f"{task}/{system}_{unit[task]}_per_second"] = batch / seconds
-        for system in sorted(set(systems) - {own}):
+            metrics[f"{task}/{system}_{UNITS[task]}_per_second"] = batch / seconds
+        for system in peers:
             for measured, ending in (("seconds", ""), ("cpu_seconds", "_per_cpu")):
-                ratios = [found[f"{system}/{task}"][measured] / found[f"{own}/{task}"][measured] for found in rounds]
+                ratios = [found[f"{system}/{task}"][measured] / found[own][measured] for found in rounds]
                 metrics[f"{task}/over_{system}{ending}"] = statistics.median(ratios)
     return metrics
 
