@@ -116,10 +116,10 @@ class Model:
 
     def encode_text(self, texts: Sequence[str]) -> Embeddings:
         """Encodes texts of any length and language; what exceeds the model's length is cut off."""
-        ids = self._without_padding(self.token_ids(texts))
+        ids = self.without_padding(self.token_ids(texts))
         return self.encode_rows("text", len(texts), lambda indices: ids[indices])
 
-    def _without_padding(self, ids: Int[np.ndarray, "texts length"]) -> Int[np.ndarray, "texts shorter"]:
+    def without_padding(self, ids: Int[np.ndarray, "texts length"]) -> Int[np.ndarray, "texts shorter"]:
         """Ids cut to the next power of two that holds every text, where the tower makes the same of them."""
         encoder = self.config.model.encoders.text
         if encoder.causal and encoder.pooling == "eos":

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "mmjax"
-PROGRAMS = {"main", "evaluate", "prepare", "convert", "export"}
+PROGRAMS = {"main", "evaluate", "prepare", "convert", "embed", "export"}
 FORBIDDEN = {
     "interop": {"training", "evaluators", "api"},
     "sharding": {"models", "objectives", "data", "training", "evaluators", "api", "config", "interop"},
