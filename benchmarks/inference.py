@@ -16,8 +16,8 @@ as many threads as there are cores; `..._compiled` is the same through `torch.co
 
 Each system lives in a process of its own, is warm before the first round, and waits while another one works; they
 take turns, call by call, `--rounds` times. Rates are medians; a ratio is the median of the rounds' ratios, which a
-machine that gets slower and faster disturbs least. Where other programs take turns on the processors, who has more threads
-gets more of them, and threads that wait for each other lose most; so the ratio of rows per processor second
+machine that gets slower and faster disturbs least. Where other programs take turns on the processors, who has more
+threads gets more of them, and threads that wait for each other lose most; so the ratio of rows per processor second
 (`..._per_cpu`) is reported too, and `--cores=0` pins every system to one core.
 
 The peers need packages that mmjax does not: see benchmarks/quickstart.py, and `pip install transformers==5.24.0`.

@@ -72,7 +72,7 @@ def main() -> int:
 
     config = api.load_config(_MODEL.value, _REVISION.value)
     distributed.initialize(config.distributed)
-    modalities = tuple(name for name in MODALITIES if name in (_MODALITIES.value or config.model.encoders))
+    modalities = tuple(name for name in MODALITIES if name in (_MODALITIES.value or api.make_module(config).parts))
     if "image" not in modalities:
         fields = dataclasses.replace(fields, image=None)
     source = open_source(_SOURCE.value, _SPLIT.value, fields, _ROOT.value, feedback.data_progress)

@@ -146,8 +146,8 @@ def test_rows_that_cannot_be_read_are_marked_and_stay(run, damaged, tmp_path):
     assert "3 of 6 records could not be read" in output and output.count("cannot be read: ") == 3
     found = read(out)
     assert found["valid"].tolist() == [True, False, True, False, False, True]
-    assert ["1.png" in error if error else None for error in found["error"]][1] is True
-    assert "has no caption" in found["error"][4] and found["caption"][4] is None
+    assert "1.png" in found["error"][1] and "has no caption" in found["error"][4] and found["error"][5] is None
+    assert found["caption"][3:].tolist() == ["number 3.png", None, "number 5.png"]
     parts = {name: [np.load(out / f"part-0000{n}.{name}.npy") for n in (0, 1)] for name in ("image", "text")}
     norms = {name: np.linalg.norm(np.concatenate(arrays), axis=1) for name, arrays in parts.items()}
     np.testing.assert_allclose(norms["image"], [1, 0, 1, 0, 1, 1], atol=1e-5)
@@ -174,9 +174,10 @@ def test_texts_alone_need_no_images(run, damaged, tmp_path):
         ("--split=test", "holds other embeddings: source openmoji:en, split all; asked for: source openmoji:en, split"),
         ("--modalities=image", "holds other embeddings"),
         ("--part_rows=100", "part_rows 256; asked for: part_rows 100; take another folder"),
+        ("--source=opnmoji", 'unknown source "opnmoji"'),
     ],
 )
-def test_a_folder_of_other_embeddings_is_refused(run, whole, flag, message):
+def test_other_embeddings_do_not_go_into_the_same_folder(run, whole, flag, message):
     before = contents(whole)
     code, output = programs.run("embed", *arguments(run, whole, flag))
     assert code == 2 and message.format(run=run) in output and len(output.strip().splitlines()) == 1, output
@@ -196,7 +197,6 @@ def test_a_folder_of_other_embeddings_is_refused(run, whole, flag, message):
         ("--max_broken_fraction=2", "--max_broken_fraction=2 is no fraction"),
         ("--out=gs://bucket/x", "has to be a folder of this machine"),
         ("--fields=picture=a", '--fields: "picture=a" is not image=FIELD'),
-        ("--source=opnmoji", 'unknown source "opnmoji"'),
     ],
 )
 def test_wrong_flags_are_told_in_one_line(flag, message, tmp_path, openmoji_folder):
