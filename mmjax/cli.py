@@ -14,8 +14,11 @@ from absl import logging as absl_logging
 from ml_collections import ConfigDict
 
 from mmjax import config as configs
+from mmjax.data.records import Fields
 from mmjax.errors import EXIT_USER_ERROR, UserError, one_line
 from mmjax.files import NO_SPACE
+
+FIELDS = "which of the source's fields are used: image=A,captions=B,captions=C,label=D"  # what --fields means
 
 
 def run(
@@ -114,3 +117,23 @@ def load_recipe(recipe: str, flag: str = "config") -> ConfigDict:
         raise
     except Exception as error:  # a recipe is the user's code: anything may come out of it
         raise UserError(f"--{flag}: {recipe} failed: {type(error).__name__}: {error}") from error
+
+
+def parse_fields(pairs: Sequence[str]) -> Fields:
+    """The value of --fields: ["image=a", "captions=b", "c"] -> Fields(image="a", captions=("b", "c")).
+
+    Raises:
+      UserError: it is of another form.
+    """
+    found: dict[str, list[str]] = {"image": [], "captions": [], "label": []}
+    name = ""
+    for pair in pairs:
+        before, equals, field = pair.rpartition("=")
+        name = before if equals else name
+        if name not in found or not field:
+            raise UserError(f'--fields: "{pair}" is not image=FIELD, captions=FIELD or label=FIELD')
+        found[name].append(field)
+    for name in ("image", "label"):
+        if len(found[name]) > 1:
+            raise UserError(f"--fields: {name} is one field, not {len(found[name])}")
+    return Fields("".join(found["image"]), tuple(found["captions"]), "".join(found["label"]))

@@ -1,274 +1,222 @@
-"""Embeds a data set: the features of all its images and texts, by any model.
+"""Embeds a data set: the features of every record's image and caption, in files.
 
-    python -m mmjax.embed --model=runs/quickstart --source=openmoji:en --out=embedded
-    python -m mmjax.embed --model=google/siglip-base-patch16-224 --source='webdataset:/data/{00..99}.tar' --out=found
-    python -m mmjax.embed --model=runs/quickstart --source=openmoji:en --out=npy --format=npy --modalities=image
+    python -m mmjax.embed --model=runs/quickstart --source=openmoji:en --split=test --out=embedded
+    python -m mmjax.embed --model=google/siglip-base-patch16-224 --source='webdataset:{00000..00099}.tar' --out=embedded
+    python -m mmjax.embed --model=runs/clip --source=folder:photos --modalities=image --format=npy --out=embedded
 
---model is what `mmjax.load` takes, --source what a recipe's streams take (docs/data.md). OUT becomes a folder of
-parts of --rows records each, in the source's order: Parquet files with the columns key, and for each modality its
-embedding (fixed-size lists of float32, of unit norm) and whether it is valid; the text's caption, too. With
---format=npy a part is one array for each modality, and a JSON file with the rest. What cannot be read is told, has
-zeros, and is not valid: row n is record n. The text of a record is its first caption, of those in --captions.
-The batches are spread over all devices. A part is whole or absent: the same command goes on where it was stopped.
-On several hosts, start it in every process, as `mmjax.main`; all need OUT.
-Exit codes: 0 done, 2 a mistake in the flags, 130 stopped by Ctrl-C.
+MODEL is what `mmjax.load` takes, SOURCE is KIND:LOCATION as in a recipe's streams (docs/data.md). OUT becomes a folder
+with a file for each --part_rows records, in the order of the source: part-00000.parquet, ..., and embed.json, which
+says what they are of. The same command goes on with what was stopped; a folder of another model or source is refused.
+Embeddings are float32 and of unit norm. A record that cannot be read keeps its row: `valid` is false, `error` says why,
+the embedding is zeros; with more than --max_broken_fraction of them the program stops.
+On several hosts, start it in every process, as `mmjax.main`: each embeds parts of its own.
+Exit codes: 0 done, 2 a mistake in the flags or the data, 130 stopped by Ctrl-C.
 """
 
-import json
+import dataclasses
+import itertools
+import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from absl import flags
-from jaxtyping import Bool, Float
 
 from mmjax import cli
-from mmjax.errors import RecordError, UserError
+from mmjax.errors import UserError
 
-_MODEL = flags.DEFINE_string("model", None, "the model: whatever `mmjax.load` loads")
-_SOURCE = flags.DEFINE_string("source", None, "the data, KIND:LOCATION")
-_OUT = flags.DEFINE_string("out", None, "the folder for what is found")
-_SPLIT = flags.DEFINE_string("split", "train", "the source's split")
+_MODEL = flags.DEFINE_string("model", None, "what `mmjax.load` takes: a run, a folder, a name on the hub")
+_STEP = flags.DEFINE_integer("step", None, "which checkpoint of a run; the latest by default")
+_REVISION = flags.DEFINE_string("revision", None, "which version on the hub: a branch, tag or commit")
+_SOURCE = flags.DEFINE_string("source", None, "the data set, KIND:LOCATION")
+_SPLIT = flags.DEFINE_string("split", "", "the source's split")
+_FIELDS = flags.DEFINE_list("fields", [], cli.FIELDS)
 _ROOT = flags.DEFINE_string("root", "", "the folder in which the images that the source names lie")
-_IMAGE_FIELD = flags.DEFINE_string("image_field", "", "which of the source's fields is the image; found by its name")
-_CAPTIONS = flags.DEFINE_list("captions", [], "languages or fields whose first caption is the text; all by default")
-_MODALITIES = flags.DEFINE_list("modalities", [], "image, text or both; by default what the model reads")
-_FORMAT = flags.DEFINE_enum("format", "parquet", ["parquet", "npy"], "what a part is written as")
-_ROWS = flags.DEFINE_integer("rows", 16_384, "records in a part", lower_bound=1)
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 256, "records in a batch, over all devices", lower_bound=1)
-_STEP = flags.DEFINE_integer("step", 0, "which checkpoint of a run; 0 takes the latest")
-_REVISION = flags.DEFINE_string("revision", "", "which version on the hub: a branch, tag or commit")
-_WEIGHTS = flags.DEFINE_string("weights", "float32", "the type of the model's matrices: float32, bfloat16 or int8")
+_CAPTIONS = flags.DEFINE_list("captions", [], "groups of captions; the first caption in them is embedded; default: all")
+_MODALITIES = flags.DEFINE_list("modalities", [], "image, text or both; by default what the model has")
+_OUT = flags.DEFINE_string("out", None, "the folder to write")
+_FORMAT = flags.DEFINE_string("format", "parquet", "parquet, or npy: the embeddings in arrays beside the parquet files")
+_PART_ROWS = flags.DEFINE_integer("part_rows", 8192, "records of a file")
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 256, "records at a time, on all devices of a process together")
+_THREADS = flags.DEFINE_integer("threads", 0, "that read records; 0: one for each core")
+_BROKEN = flags.DEFINE_float("max_broken_fraction", 0.05, "of records that cannot be read; with more, it stops")
 flags.DEFINE_bool("debug", False, "show tracebacks and the libraries' own messages")
 
-ABOUT = "embed.json"
-TOLD = 5  # broken records that are named
-THREADS = 4  # that decode images
-
-
-class Part(NamedTuple):
-    """What is known of some records: of each modality the embeddings, and which of them are valid."""
-
-    keys: list[str]
-    embeddings: dict[str, Float[np.ndarray, "rows width"]]
-    valid: dict[str, Bool[np.ndarray, " rows"]]
-    captions: list[str]
+MODALITIES = ("image", "text")
+FORMATS = ("parquet", "npy")
+FEW = 200  # the fraction is of at least so many records: one broken record among the first is no verdict
+NAMED = 10  # so many of these are told of as they come
+LINE_SECONDS = 10  # between two lines about progress where there is no terminal
 
 
 def main() -> int:
     """Embeds as the flags say; returns the exit code."""
-    for flag in (_MODEL, _SOURCE, _OUT):
-        if not flag.value:
-            raise UserError(f"--{flag.name} is missing")
-    out = Path(_OUT.value)
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out={out} is a file")
-    from mmjax import config as configs
+    _check_flags()
+    fields = cli.parse_fields(_FIELDS.value)
     from mmjax import runtime
 
     runtime.configure()
-    from mmjax.sharding import distributed
+    import jax
 
-    distributed.initialize(configs.default().distributed)
     from mmjax import api
-    from mmjax.data.sources import Fields, open_source
+    from mmjax.data.sources import open_source
+    from mmjax.embedding import Records, Store
+    from mmjax.sharding import distributed
+    from mmjax.sharding.mesh import make_mesh
     from mmjax.training import feedback
 
-    model = api.load(_MODEL.value, _STEP.value or None, None, _REVISION.value or None, weights=_WEIGHTS.value)
-    modalities = _modalities(model)
-    fields = Fields(_IMAGE_FIELD.value if "image" in modalities else None, tuple(_CAPTIONS.value))
-    if _SOURCE.value.startswith("openmoji"):  # its captions are languages, and no fields
-        fields = Fields(fields.image)
+    config = api.load_config(_MODEL.value, _REVISION.value)
+    distributed.initialize(config.distributed)
+    modalities = tuple(name for name in MODALITIES if name in (_MODALITIES.value or api.make_module(config).parts))
+    if "image" not in modalities:
+        fields = dataclasses.replace(fields, image=None)
     source = open_source(_SOURCE.value, _SPLIT.value, fields, _ROOT.value, feedback.data_progress)
-    _claim(out, _about(model, source, modalities))
-    broken = _embed(model, source, modalities, out)
-    more = f", {broken} of them with something that cannot be read" if broken else ""
-    feedback.say(f"{out}: {len(source):,} records{more}")
+    model = api.load(_MODEL.value, _STEP.value, make_mesh(devices=jax.local_devices()), _REVISION.value)
+    for modality in modalities:
+        model.needs(modality, f"embed inputs of the modality {modality}")
+    store = Store(Path(_OUT.value), _description(model, source, fields, modalities))
+    missing = store.missing()
+    if missing:
+        _embed(store, missing, model, Records(source, model, modalities, _CAPTIONS.value))
+    distributed.any_process(False)  # a process that ends before the others would not be waited for
+    done = "is whole" if missing else "is whole already: nothing to do"
+    feedback.say(f"{store.folder} {done} ({len(source):,} records in {store.parts:,} parts)")
     return 0
 
 
-def _modalities(model: Any) -> list[str]:
-    there = [name for name in ("image", "text") if name in model.module.parts]
-    chosen = _MODALITIES.value or there
-    for name in chosen:
-        if name not in there:
-            raise UserError(f"--modalities: {_MODEL.value} embeds {' and '.join(there) or 'neither'}, and no {name}")
-    if "text" in chosen and model.tokenizer is None:
-        raise UserError(f"--modalities: {_MODEL.value} came without a tokenizer for texts")
-    return [name for name in there if name in chosen]
+def _check_flags() -> None:
+    for flag, meaning in ((_MODEL, "what `mmjax.load` takes"), (_SOURCE, "KIND:LOCATION"), (_OUT, "a folder")):
+        if not flag.value:
+            raise UserError(f"--{flag.name} is missing: {meaning}")
+    for flag, known in ((_MODALITIES, MODALITIES), (_FORMAT, FORMATS)):
+        for value in [flag.value] if isinstance(flag.value, str) else flag.value:
+            if value not in known:
+                raise UserError(f'--{flag.name}: unknown "{value}"; known: {", ".join(known)}')
+    for flag, least in ((_PART_ROWS, 1), (_BATCH_SIZE, 1), (_THREADS, 0)):
+        if flag.value < least:
+            raise UserError(f"--{flag.name}={flag.value}: the least is {least}")
+    if not 0 <= _BROKEN.value <= 1:
+        raise UserError(f"--max_broken_fraction={_BROKEN.value:g} is no fraction between 0 and 1")
+    if "://" in _OUT.value:
+        raise UserError(f"--out={_OUT.value}: it has to be a folder of this machine")
+    if _CAPTIONS.value and _MODALITIES.value and "text" not in _MODALITIES.value:
+        raise UserError("--captions chooses what is embedded as text, and --modalities leaves text out")
 
 
-def _about(model: Any, source: Any, modalities: Sequence[str]) -> dict[str, Any]:
-    """What decides the contents of the folder: the same again goes on, anything else is refused."""
-    from mmjax.files import fingerprint
+def _description(model: Any, source: Any, fields: Any, modalities: Sequence[str]) -> dict[str, Any]:
+    """What goes into embed.json."""
+    import jax
+
+    from mmjax import __version__, files
     from mmjax.training.checkpoint import checksums
 
+    with jax.set_mesh(model.mesh):
+        sums = checksums(model.params)
     return {
-        "model": fingerprint(checksums(model.params), model.config.model.to_json()),
-        "data": source.fingerprint,
-        "records": len(source),
-        "modalities": [*modalities],
+        "model": _MODEL.value,
+        "step": model.step,
+        "model_fingerprint": files.fingerprint(sorted(sums.items())),
+        "source": _SOURCE.value,
+        "split": _SPLIT.value,
+        "source_fingerprint": source.fingerprint,
+        "fields": {"image": fields.image, "captions": [*fields.captions], "label": fields.label},
         "captions": _CAPTIONS.value,
-        "width": model.config.model.embed_dim,
-        "rows": _ROWS.value,
+        "modalities": {name: model.config.model.embed_dim for name in modalities},  # and their widths
+        "rows": len(source),
+        "part_rows": _PART_ROWS.value,
         "format": _FORMAT.value,
+        "mmjax": __version__,
     }
 
 
-def _claim(out: Path, about: dict[str, Any]) -> None:
-    import jax
+def _embed(store: Any, parts: Sequence[int], model: Any, records: Callable) -> None:
+    """Embeds and writes these parts of the `mmjax.embedding.Store`.
 
-    from mmjax.files import write_atomically
-
-    path = out / ABOUT
-    try:
-        found = json.loads(path.read_text()) if path.exists() else None
-    except ValueError as error:
-        raise UserError(f"{path} is damaged: {error}") from error
-    if found is not None:
-        different = [key for key in about if found.get(key) != about[key]]
-        if different:
-            key = different[0]
-            raise UserError(f"{out} holds embeddings with another {key}: {found.get(key)} there, {about[key]} now")
-        return
-    if out.exists() and any(out.iterdir()):
-        raise UserError(f"--out={out} is not empty, and holds no embeddings")
-    if jax.process_index() == 0:
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, (json.dumps(about, indent=2) + "\n").encode())
-        except OSError as error:
-            raise UserError(f"cannot write into --out={out}: {error.strerror}") from error
-
-
-def _embed(model: Any, source: Any, modalities: Sequence[str], out: Path) -> int:
-    """Writes the parts that are missing; returns in how many records something is broken."""
-    import jax
-
+    Raises:
+      UserError: too many records cannot be read.
+    """
+    from mmjax.embedding import encode
     from mmjax.sharding import distributed
-    from mmjax.training import feedback
 
-    starts = range(0, len(source), _ROWS.value)
-    paths = {start: out / f"part-{number:05d}" for number, start in enumerate(starts)}
-    last = ".parquet" if _FORMAT.value == "parquet" else ".json"
-    left = [start for start in starts if not distributed.from_first_process(paths[start].with_suffix(last).exists())]
-    if len(left) < len(starts):
-        feedback.say(f"{len(starts) - len(left)} of {len(starts)} parts are there already")
-    count, told = sum(min(_ROWS.value, len(source) - start) for start in left), []
-    progress = iter(feedback.data_progress(range(count * len(modalities)), count * len(modalities), "embedding"))
-    for start in left:
-        rows = range(start, min(start + _ROWS.value, len(source)))
-        part = _part(model, _Records(source, rows, told), modalities, lambda: next(progress, None))
-        if jax.process_index() == 0:
-            (_write_parquet if _FORMAT.value == "parquet" else _write_npy)(paths[start], part)
-        feedback.say(f"{paths[start].name}: records {rows.start:,} to {rows.stop - 1:,}")
-    next(progress, None)
-    for line in told[:TOLD]:
-        feedback.say(line)
-    return len(told)
-
-
-class _Records:
-    """Some records of a source; what is wrong with them is added to `told`, once for each record."""
-
-    def __init__(self, source: Any, rows: range, told: list[str]):
-        self._source, self._rows, self._told = source, rows, told
-        self._broken: set[int] = set()
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def read(self, number: int, what: Callable[[dict], Any]) -> Any | None:
-        """What a function makes of a record; None where it cannot be read."""
+    # A part begins with a batch of its own, so that what goes on computes what would have been computed in one piece.
+    batches = [(part, rows) for part in parts for rows in _batches(store.rows_of(part))]
+    threads = _THREADS.value or os.cpu_count() or 1
+    with ThreadPoolExecutor(threads) as pool, Progress(sum(len(rows) for _, rows in batches)) as progress:
         try:
-            return what(self._source[self._rows[number]])
-        except RecordError as error:
-            if number not in self._broken:
-                self._broken.add(number)
-                self._told.append(str(error))
-            return None
+            reading = ((part, pool.submit(records, rows)) for part, rows in batches)
+            ahead = distributed.prefetch(reading, 2 * threads)
+            for part, futures in itertools.groupby(ahead, key=lambda each: each[0]):
+                rows, embeddings = [], defaultdict(list)
+                for _, future in futures:
+                    batch = future.result()
+                    for modality, values in encode(model, batch, _BATCH_SIZE.value).items():
+                        embeddings[modality].append(values)
+                    rows += batch.rows
+                    progress.add([row.error for row in batch.rows])
+                store.write(part, rows, {modality: np.concatenate(values) for modality, values in embeddings.items()})
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
-def _part(model: Any, records: _Records, modalities: Sequence[str], advance: Callable[[], Any]) -> Part:
-    from jax.experimental import multihost_utils
-
-    from mmjax.data import pipeline
-    from mmjax.data.image_reader import GREY, Reader
-
-    keys = [records.read(number, lambda record: record["key"]) or "" for number in range(len(records))]
-    found: dict[str, np.ndarray] = {}
-    valid = {name: np.ones(len(records), bool) for name in modalities}
-    captions: list[str] = []
-    if "image" in modalities:
-        reader = Reader.of(model.config.model.encoders.image)
-
-        def decode(number: int) -> np.ndarray:
-            pixels = records.read(number, pipeline.decode_image)
-            if pixels is None:
-                valid["image"][number] = False
-            return GREY if pixels is None else pixels
-
-        def decoded(rows: np.ndarray) -> Iterator[np.ndarray]:
-            for pixels in pool.map(decode, rows.tolist()):
-                advance()
-                yield pixels
-
-        with ThreadPoolExecutor(THREADS) as pool:
-            count = len(records)
-            found["image"] = model.encode_rows("image", count, lambda rows: reader(decoded(rows)), _BATCH_SIZE.value)
-        valid["image"] = multihost_utils.process_allgather(valid["image"]).reshape(-1, count).all(axis=0)
-    if "text" in modalities:
-        groups = () if _SOURCE.value.startswith("openmoji") and not _CAPTIONS.value else tuple(_CAPTIONS.value)
-        texts = [records.read(n, lambda record: pipeline.captions_of(record, groups)[0]) for n in range(len(records))]
-        valid["text"] = np.array([text is not None for text in texts], bool)
-        captions = [text or "" for text in texts]
-        ids = model.token_ids(captions)
-
-        def load_ids(rows: np.ndarray) -> np.ndarray:
-            for _ in rows:
-                advance()
-            return ids[rows]
-
-        found["text"] = model.encode_rows("text", len(records), load_ids, _BATCH_SIZE.value)
-    for name, values in found.items():
-        values[~valid[name]] = 0
-    return Part(keys, found, valid, captions)
+def _batches(rows: range) -> list[range]:
+    return [rows[start : start + _BATCH_SIZE.value] for start in range(0, len(rows), _BATCH_SIZE.value)]
 
 
-def _columns(part: Part) -> Iterator[tuple[str, Any]]:
-    """What a part has beside its embeddings."""
-    yield "key", part.keys
-    if part.captions:
-        yield "caption", part.captions
-    for name, valid in part.valid.items():
-        yield f"{name}_valid", valid.tolist()
+class Progress:
+    """Shows how many records are done, a bar on a terminal, else a line now and then; and which cannot be read."""
 
+    def __init__(self, total: int):
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bar
 
-def _write_parquet(path: Path, part: Part) -> None:
-    import pyarrow as pa
-    from pyarrow import parquet
+        from mmjax.training import feedback
 
-    from mmjax.files import replacing
+        self._total, self._done, self._broken = total, 0, 0
+        self._began = self._told = time.monotonic()
+        columns = (TextColumn("embedding"), BarColumn(), MofNCompleteColumn(), TextColumn("ETA"), TimeRemainingColumn())
+        self._bar = Bar(*columns, console=feedback.CONSOLE, disable=not feedback.CONSOLE.is_terminal)
+        self._task = self._bar.add_task("", total=total)
 
-    columns: dict[str, Any] = {name: pa.array(values) for name, values in _columns(part)}
-    for name, values in part.embeddings.items():
-        columns[name] = pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), values.shape[1])
-    with replacing(path.with_suffix(".parquet")) as temporary:
-        parquet.write_table(pa.table(columns), temporary)
+    def __enter__(self) -> "Progress":
+        self._bar.start()
+        return self
 
+    def __exit__(self, *exception) -> None:
+        from mmjax.training import feedback
 
-def _write_npy(path: Path, part: Part) -> None:
-    """The JSON file comes last: with it the part is whole."""
-    from mmjax.files import replacing, write_atomically
+        self._bar.stop()
+        if self._broken:
+            feedback.say(f"{self._broken:,} of {self._done:,} records could not be read: `error` says why, row by row")
 
-    for name, values in part.embeddings.items():
-        with replacing(path.with_name(f"{path.name}.{name}.npy")) as temporary, temporary.open("wb") as file:
-            np.save(file, values)
-    content = json.dumps(dict(_columns(part)), ensure_ascii=False)
-    write_atomically(path.with_suffix(".json"), content.encode())
+    def add(self, errors: Sequence[str | None]) -> None:
+        """So many more records are done.
+
+        Raises:
+          UserError: too many of all cannot be read.
+        """
+        from mmjax.training import feedback
+
+        self._done += len(errors)
+        for error in filter(None, errors):
+            self._broken += 1
+            if self._broken <= NAMED:
+                feedback.say(f"cannot be read: {error}")
+        if self._broken > _BROKEN.value * max(self._done, FEW):
+            raise UserError(
+                f"{self._broken:,} of {self._done:,} records cannot be read, more than "
+                f"--max_broken_fraction={_BROKEN.value:g} allows; the last one: {error}"
+            )
+        self._bar.update(self._task, completed=self._done)
+        now = time.monotonic()
+        if self._bar.disable and now - self._told > LINE_SECONDS:
+            self._told, rate = now, self._done / (now - self._began)
+            left = feedback.clock((self._total - self._done) / rate)
+            feedback.say(f"{self._done:,}/{self._total:,} records · {rate:,.3g} a second · ETA {left}")
 
 
 if __name__ == "__main__":

@@ -118,10 +118,10 @@ class Model:
         self.needs("text", "encode texts")
         if isinstance(texts, str):
             return self.encode_text([texts])[0]
-        ids = self._without_padding(self.token_ids(texts))
+        ids = self.without_padding(self.token_ids(texts))
         return self.encode_rows("text", len(texts), lambda indices: ids[indices])
 
-    def _without_padding(self, ids: Int[np.ndarray, "texts length"]) -> Int[np.ndarray, "texts shorter"]:
+    def without_padding(self, ids: Int[np.ndarray, "texts length"]) -> Int[np.ndarray, "texts shorter"]:
         """Ids cut to the next power of two that holds every text, where the tower makes the same of them."""
         encoder = self.config.model.encoders.text
         if not ignores_padding(encoder):
@@ -191,7 +191,7 @@ class Model:
         self.needs("matching", "match images and texts")
         ids, rows = self.token_ids(texts), np.arange(len(images))
         if self.config.model.fusion.pooling != "last":
-            ids = self._without_padding(ids)
+            ids = self.without_padding(ids)
         return 1 / (1 + np.exp(-self.match_rows(rows, rows, self._loader(images), lambda rows: ids[rows])))
 
     def match_rows(
@@ -373,7 +373,7 @@ class Model:
             raise UserError(f"{len(images)} images and {len(several)} texts are no pairs")
         self.needs("masked", "fill in hidden tokens")
         load_images = None if images is None else self._loader(images)
-        ids = self._without_padding(self.token_ids(several))
+        ids = self.without_padding(self.token_ids(several))
         found = language.fill_mask(self, several, ids, load_images, top_k)
         return found[0] if isinstance(texts, str) else found
 

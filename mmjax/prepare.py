@@ -36,9 +36,7 @@ from mmjax import cli
 from mmjax.errors import UserError
 
 _SPLIT = flags.DEFINE_string("split", "", "the source's split")
-_FIELDS = flags.DEFINE_list(
-    "fields", [], "which of the source's fields are used: image=A,captions=B,captions=C,label=D"
-)
+_FIELDS = flags.DEFINE_list("fields", [], cli.FIELDS)
 _ROOT = flags.DEFINE_string("root", "", "the folder in which the images that the source names lie")
 _NAME = flags.DEFINE_string("name", None, "the data set's name, in file names and for TFDS; by default that of OUT")
 _OUT_SPLIT = flags.DEFINE_string("out_split", "train", "the split's name, in file names and for TFDS")
@@ -90,7 +88,7 @@ def _settings(source: str, out: str):
     return Settings(
         source=source,
         split=_SPLIT.value,
-        fields=_fields(_FIELDS.value),
+        fields=cli.parse_fields(_FIELDS.value),
         root=_ROOT.value,
         exclude=tuple(zip(_EXCLUDE.value, splits, roots, strict=True)),
         name=_NAME.value or re.sub(r"\W", "_", os.path.basename(os.path.realpath(out))) or "dataset",
@@ -111,24 +109,6 @@ def _for_each_exclude(flag: str, values: list[str]) -> list[str]:
     if len(values) not in (0, 1, count):
         raise UserError(f"--{flag}: {len(values)} of them for {count} times --exclude")
     return values if len(values) == count else (values or [""]) * count
-
-
-def _fields(pairs: list[str]):
-    """["image=a", "captions=b", "c"] -> Fields(image="a", captions=("b", "c"))."""
-    from mmjax.data.records import Fields
-
-    found: dict[str, list[str]] = {"image": [], "captions": [], "label": []}
-    name = ""
-    for pair in pairs:
-        before, equals, field = pair.rpartition("=")
-        name = before if equals else name
-        if name not in found or not field:
-            raise UserError(f'--fields: "{pair}" is not image=FIELD, captions=FIELD or label=FIELD')
-        found[name].append(field)
-    for name in ("image", "label"):
-        if len(found[name]) > 1:
-            raise UserError(f"--fields: {name} is one field, not {len(found[name])}")
-    return Fields("".join(found["image"]), tuple(found["captions"]), "".join(found["label"]))
 
 
 def _options() -> list[str]:

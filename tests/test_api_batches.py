@@ -42,10 +42,10 @@ def test_texts_of_any_number_and_length(tower, openmoji_folder):
     # 1, 2, 4, ... 64 rows, and where padding changes nothing 8 or 16 tokens instead of 32.
     assert model._encode._cache_size() <= 7 + (tower in ("mean", "eos")) * 7
     if tower in ("mean", "eos"):
-        assert model._without_padding(model.token_ids(["dog"])).shape == (1, 8)
-        assert model._without_padding(model.token_ids(TEXTS)).shape == (40, 16)
+        assert model.without_padding(model.token_ids(["dog"])).shape == (1, 8)
+        assert model.without_padding(model.token_ids(TEXTS)).shape == (40, 16)
     else:
-        assert model._without_padding(model.token_ids(["dog"])).shape == (1, 32)
+        assert model.without_padding(model.token_ids(["dog"])).shape == (1, 32)
 
 
 def test_images_of_any_number(openmoji_folder):

@@ -1,118 +1,213 @@
-"""python -m mmjax.embed: rows in the source's order, in whole parts, on any devices, resumed, with broken records."""
+"""Embedding a data set: `python -m mmjax.embed`."""
 
 import json
-import shutil
+import signal
+import time
 
 import numpy as np
 import pyarrow.parquet as parquet
 import pytest
+from PIL import Image
 
 from mmjax import api
-from mmjax.data import pipeline
+from mmjax.data.pipeline import decode_image
 from mmjax.data.sources import open_source
-from mmjax.training import loop
-from tests import programs, tiny
+from tests import programs
+
+ROWS, PARTS = 3944, 16  # all emoji, 256 in a part
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, openmoji_folder):
-    """A run of four steps."""
+    """The workdir of a run with checkpoints of the steps 2 and 4."""
     workdir = tmp_path_factory.mktemp("embed") / "run"
-    config = tiny.get_config("4")
-    config.evaluators = {}
-    assert loop.train(config, workdir) == 0
+    code, output = programs.run("main", "--config=tests/tiny.py:4", f"--workdir={workdir}")
+    assert code == 0, output
     return workdir
 
 
-def embed(run, out, *flags, source="openmoji:en", devices=1, **extra):
-    arguments = [f"--model={run}", f"--source={source}", "--split=test", f"--out={out}", "--rows=150", *flags]
-    return programs.run("embed", *arguments, devices=devices, **extra)
+def arguments(run, out, *flags):
+    standard = ("--source=openmoji:en", "--split=all", "--part_rows=256", "--batch_size=64")
+    return (f"--model={run}", f"--out={out}", *standard, *flags)  # the last of the same flags counts
 
 
-def column(out, name):
-    return np.concatenate([parquet.read_table(path)[name].to_pylist() for path in sorted(out.glob("*.parquet"))])
+def read(folder):
+    """The columns of all parts, in order."""
+    tables = [parquet.read_table(path) for path in sorted(folder.glob("part-*.parquet"))]
+    return {name: np.concatenate([table[name].to_pylist() for table in tables]) for name in tables[0].column_names}
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.fixture(scope="module")
 def whole(run, tmp_path_factory):
-    out = tmp_path_factory.mktemp("embed") / "whole"
-    code, output = embed(run, out)
-    assert code == 0 and f"{out}: 400 records" in output, output
-    return out
-
-
-def test_rows_are_the_models_embeddings_in_the_sources_order(run, whole):
-    model, source = api.load(run), open_source("openmoji:en", "test")
-    assert sorted(path.name for path in whole.iterdir()) == [
-        "embed.json",
-        *(f"part-0000{number}.parquet" for number in range(3)),
-    ]
-    records = [source[index] for index in range(len(source))]
-    assert column(whole, "key").tolist() == [record["key"] for record in records]
-    captions = [pipeline.captions_of(record)[0] for record in records]
-    assert column(whole, "caption").tolist() == captions
-    np.testing.assert_allclose(column(whole, "text"), model.encode_text(captions), atol=1e-5)
-    images = model.encode_image([pipeline.decode_image(record) for record in records])
-    np.testing.assert_allclose(column(whole, "image"), images, atol=1e-5)
-    assert column(whole, "image_valid").all() and column(whole, "text_valid").all()
+    """What an undisturbed run wrote."""
+    folder = tmp_path_factory.mktemp("embed") / "whole"
+    code, output = programs.run("embed", *arguments(run, folder))
+    assert code == 0, output
+    assert f"{folder} is whole (3,944 records in 16 parts)" in output
+    return folder
 
 
 @pytest.mark.slow
-def test_devices_and_formats_make_no_difference(run, whole, tmp_path):
-    code, output = embed(run, tmp_path / "eight", "--format=npy", "--batch_size=64", devices=8)
+def test_embeddings_are_those_of_the_api(run, whole):
+    found, model, source = read(whole), api.load(run), open_source("openmoji:en", "all")
+    rows = [0, 1, 255, 256, 2000, ROWS - 1]
+    records = [source[row] for row in rows]
+    assert len(list(whole.glob("part-*.parquet"))) == PARTS and len(found["key"]) == ROWS
+    assert found["key"][rows].tolist() == [record["key"] for record in records]
+    assert found["caption"][rows].tolist() == [record["captions"]["en"][0] for record in records]
+    assert found["valid"].all() and set(found["error"]) == {None}
+    expected = {
+        "image": model.encode_image([decode_image(record) for record in records]),
+        "text": model.encode_text(found["caption"][rows].tolist()),
+    }
+    for modality, embeddings in expected.items():
+        np.testing.assert_allclose(found[modality][rows], embeddings, atol=1e-5)
+    assert parquet.read_schema(whole / "part-00000.parquet").field("image").type.list_size == 16
+    described = json.loads((whole / "embed.json").read_text())
+    assert described["model"] == str(run) and described["step"] == 4 and described["rows"] == ROWS
+    assert described["modalities"] == {"image": 16, "text": 16}
+
+
+@pytest.mark.slow
+def test_what_is_stopped_goes_on_to_the_same_files(run, whole, tmp_path):
+    out = tmp_path / "out"
+    process = programs.start("embed", *arguments(run, out))
+    while not list(out.glob("part-*.parquet")):
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 130 and output.splitlines()[-1] == "interrupted", output
+    before = {path: path.stat().st_mtime_ns for path in out.glob("part-*.parquet")}
+    assert 0 < len(before) < PARTS
+    left = out / ".part-00003.parquet.0123"  # as one that is killed leaves it
+    left.write_bytes(b"half")
+    code, output = programs.run("embed", *arguments(run, out))
     assert code == 0, output
-    for name in ("image", "text"):
-        found = np.concatenate([np.load(path) for path in sorted((tmp_path / "eight").glob(f"*.{name}.npy"))])
-        np.testing.assert_allclose(found, column(whole, name), atol=1e-5)
-    beside = json.loads((tmp_path / "eight" / "part-00001.json").read_text())
-    assert beside["key"] == column(whole, "key")[150:300].tolist()
+    assert contents(out) == contents(whole)
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+    code, output = programs.run("embed", *arguments(run, out))
+    assert code == 0 and f"{out} is whole already: nothing to do" in output
 
 
-def test_a_run_that_was_stopped_goes_on(run, whole, tmp_path):
-    out = tmp_path / "resumed"
-    shutil.copytree(whole, out)
-    (out / "part-00001.parquet").unlink()  # as after a kill: parts are whole or absent
-    before = (out / "part-00000.parquet").stat().st_mtime_ns
-    code, output = embed(run, out)
-    assert code == 0 and "2 of 3 parts are there already" in output, output
-    assert (out / "part-00000.parquet").stat().st_mtime_ns == before
-    assert (out / "part-00001.parquet").read_bytes() == (whole / "part-00001.parquet").read_bytes()
+@pytest.mark.slow
+@pytest.mark.sharding
+def test_eight_devices_find_what_one_does(run, whole, tmp_path):
+    code, output = programs.run("embed", *arguments(run, tmp_path / "out"), devices=8)
+    assert code == 0, output
+    assert_same(tmp_path / "out", whole)
 
 
-def test_what_cannot_be_read_is_told_and_marked(run, tmp_path):
-    from tests.data import samples
-
-    lines = []
-    for number in range(4):
-        name = f"{number}.png"
-        (tmp_path / name).write_bytes(samples.png(number) if number != 2 else b"no image")
-        lines.append(json.dumps({"image": name, "caption": f"number {number}"}))
-    (tmp_path / "list.jsonl").write_text("\n".join(lines))
-    code, output = embed(run, tmp_path / "out", source=f"jsonl:{tmp_path / 'list.jsonl'}")
-    assert code == 0 and "4 records, 1 of them with something that cannot be read" in output, output
-    assert "cannot be decoded" in output
-    assert column(tmp_path / "out", "image_valid").tolist() == [True, True, False, True]
-    assert column(tmp_path / "out", "text_valid").all()
-    norms = np.linalg.norm(column(tmp_path / "out", "image"), axis=1)
-    np.testing.assert_allclose(norms, [1, 1, 0, 1], atol=1e-5)
+@pytest.mark.slow
+@pytest.mark.sharding
+def test_two_processes_share_the_parts(run, whole, tmp_path):
+    processes = programs.start_several("embed", *arguments(run, tmp_path / "out"), devices=2, processes=2)
+    outputs = programs.outputs_of(processes)
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert "is whole" in outputs[0] and "is whole" not in outputs[1]
+    assert_same(tmp_path / "out", whole)
 
 
-def test_mistakes_are_one_line(run, whole, tmp_path):
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "file").write_text("")
-    for arguments, message in (
-        ((f"--model={run}", "--source=openmoji:en"), "--out is missing"),
-        ((f"--model={tmp_path / 'none'}", "--source=openmoji:en", "--out=x"), "none is no workdir of a run"),
-        ((f"--model={run}", "--source=openmojis", "--out=x"), 'unknown source "openmojis"'),
-        (
-            (f"--model={run}", "--source=openmoji:en", "--out=x", "--modalities=video"),
-            "embeds image and text, and no video",
-        ),
-        (
-            (f"--model={run}", "--source=openmoji:en", f"--out={tmp_path / 'full'}"),
-            "is not empty, and holds no embeddings",
-        ),
-        ((f"--model={run}", "--source=openmoji:en", f"--out={whole}"), "holds embeddings with another"),
-    ):
-        code, output = programs.run("embed", *arguments)
-        assert code == 2 and message in output and "Traceback" not in output, output
+def assert_same(folder, other):
+    found, expected = read(folder), read(other)
+    assert found.keys() == expected.keys()
+    for name, values in expected.items():
+        if name in ("image", "text"):
+            np.testing.assert_allclose(found[name], values, atol=1e-5)
+        else:
+            np.testing.assert_array_equal(found[name], values)
+
+
+@pytest.fixture
+def damaged(tmp_path):
+    """Six records: whole, no image file, whole, no image in the file, no caption, whole."""
+    folder, rng = tmp_path / "images", np.random.default_rng(0)
+    folder.mkdir()
+    names = [f"{number}.png" for number in range(6)]
+    for name in names:
+        Image.fromarray(rng.integers(0, 256, (30, 30, 3), np.uint8)).save(folder / name)
+    (folder / names[1]).unlink()
+    (folder / names[3]).write_bytes(b"no image")
+    lines = [{"image": name, "caption": "" if name == names[4] else f"number {name}"} for name in names]
+    path = tmp_path / "list.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return (f"--source=jsonl:{path}", f"--root={folder}", "--split=")
+
+
+@pytest.mark.slow
+def test_rows_that_cannot_be_read_are_marked_and_stay(run, damaged, tmp_path):
+    out = tmp_path / "out"
+    code, output = programs.run("embed", *arguments(run, out, *damaged, "--format=npy", "--part_rows=4"))
+    assert code == 0, output
+    assert "3 of 6 records could not be read" in output and output.count("cannot be read: ") == 3
+    found = read(out)
+    assert found["valid"].tolist() == [True, False, True, False, False, True]
+    assert "1.png" in found["error"][1] and "has no caption" in found["error"][4] and found["error"][5] is None
+    assert found["caption"][3:].tolist() == ["number 3.png", None, "number 5.png"]
+    parts = {name: [np.load(out / f"part-0000{n}.{name}.npy") for n in (0, 1)] for name in ("image", "text")}
+    norms = {name: np.linalg.norm(np.concatenate(arrays), axis=1) for name, arrays in parts.items()}
+    np.testing.assert_allclose(norms["image"], [1, 0, 1, 0, 1, 1], atol=1e-5)
+    np.testing.assert_allclose(norms["text"][[0, 2, 3, 4, 5]], [1, 1, 1, 0, 1], atol=1e-5)
+    assert parts["image"][0].dtype == np.float32 and [len(array) for array in parts["text"]] == [4, 2]
+    code, output = programs.run("embed", *arguments(run, tmp_path / "other", *damaged, "--max_broken_fraction=0.01"))
+    assert code == 2 and "error: 3 of 6 records cannot be read, more than --max_broken_fraction=0.01 allows" in output
+
+
+@pytest.mark.slow
+def test_texts_alone_need_no_images(run, damaged, tmp_path):
+    out = tmp_path / "out"
+    code, output = programs.run("embed", *arguments(run, out, *damaged, "--modalities=text"))
+    assert code == 0, output
+    found = read(out)
+    assert "image" not in found and found["valid"].tolist() == [True] * 4 + [False, True]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "flag, message",
+    [
+        ("--step=2", "holds other embeddings: model {run}, step 4; asked for: model {run}, step 2"),
+        ("--split=test", "holds other embeddings: source openmoji:en, split all; asked for: source openmoji:en, split"),
+        ("--modalities=image", "holds other embeddings"),
+        ("--part_rows=100", "part_rows 256; asked for: part_rows 100; take another folder"),
+        ("--source=opnmoji", 'unknown source "opnmoji"'),
+    ],
+)
+def test_other_embeddings_do_not_go_into_the_same_folder(run, whole, flag, message):
+    before = contents(whole)
+    code, output = programs.run("embed", *arguments(run, whole, flag))
+    assert code == 2 and message.format(run=run) in output and len(output.strip().splitlines()) == 1, output
+    assert contents(whole) == before
+
+
+@pytest.mark.parametrize(
+    "flag, message",
+    [
+        ("--model=", "--model is missing: what `mmjax.load` takes"),
+        ("--source=", "--source is missing"),
+        ("--out=", "--out is missing"),
+        ("--modalities=image,sound", '--modalities: unknown "sound"; known: image, text'),
+        ("--format=csv", '--format: unknown "csv"; known: parquet, npy'),
+        ("--batch_size=0", "--batch_size=0: the least is 1"),
+        ("--batch=3", 'unknown flag --batch; did you mean "batch_size"?'),
+        ("--max_broken_fraction=2", "--max_broken_fraction=2 is no fraction"),
+        ("--out=gs://bucket/x", "has to be a folder of this machine"),
+        ("--fields=picture=a", '--fields: "picture=a" is not image=FIELD'),
+    ],
+)
+def test_wrong_flags_are_told_in_one_line(flag, message, tmp_path, openmoji_folder):
+    code, output = programs.run("embed", *arguments(tmp_path / "none", tmp_path / "out", flag))
+    assert code == 2 and message in output and len(output.strip().splitlines()) == 1, output
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_folder_with_something_else_stays_as_it_is(run, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    code, output = programs.run("embed", *arguments(run, tmp_path))
+    assert code == 2 and f"{tmp_path} is not empty, and no folder of embeddings" in output
+    assert contents(tmp_path) == {"notes.txt": b"mine"}

@@ -196,9 +196,14 @@ class TrainProgress:
             self._bar.update(self._task, completed=step, text=text)
             return
         seconds = (time.perf_counter() - self._begin) / max(step - self._start, 1) * (self._steps - step)
-        minutes, seconds = divmod(round(seconds), 60)
-        hours, minutes = divmod(minutes, 60)
-        say(f"step {step}/{self._steps} · {text} · ETA {hours}:{minutes:02d}:{seconds:02d}")
+        say(f"step {step}/{self._steps} · {text} · ETA {clock(seconds)}")
+
+
+def clock(seconds: float) -> str:
+    """Hours, minutes and seconds, as in 1:02:03."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"
 
 
 def show_evaluation(metrics: Mapping[str, float]) -> None:
