@@ -90,8 +90,7 @@ def _load_run(source: str | Path, step: int | None, mesh: Mesh) -> Model:
         shapes = jax.eval_shape(partial(init_params, config, make_module(config)))
     with checkpoint.Checkpoints(workdir, config, read_only=True) as checkpoints:
         params = checkpoints.restore_params(found, shapes, mesh)
-        saved = checkpoints.restore_tokenizer(found)
-    tokenizer = tokenizers.from_json(saved) if saved else None
+        tokenizer = _tokenizer_of(checkpoints, found)
     return Model(config, params, tokenizer, mesh, found)
 
 
@@ -124,7 +123,11 @@ def load_tokenizer(
         return pretrained.load_tokenizer(source, revision)
     config, (workdir, found) = load_config(source), _run_of(source, step)
     with checkpoint.Checkpoints(workdir, config, read_only=True) as checkpoints:
-        saved = checkpoints.restore_tokenizer(found)
+        return _tokenizer_of(checkpoints, found)
+
+
+def _tokenizer_of(checkpoints: checkpoint.Checkpoints, step: int) -> tokenizers.Tokenizer | None:
+    saved = checkpoints.restore_tokenizer(step)
     return tokenizers.from_json(saved) if saved else None
 
 
