@@ -161,4 +161,5 @@ def _inputs(config: ConfigDict, batch: Mapping[str, np.ndarray]):
 
     image = config.model.encoders.image
     pixels = torch.from_numpy(batch["image"]).permute(0, 3, 1, 2).float() / 255
-    return (pixels - image.mean) / image.std, torch.from_numpy(batch["text"]).long()
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (image.mean, image.std))
+    return (pixels - mean) / std, torch.from_numpy(batch["text"]).long()

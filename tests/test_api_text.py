@@ -10,6 +10,7 @@ from mmjax import api
 from mmjax import config as configs
 from mmjax.data import sources, text
 from mmjax.errors import UserError
+from mmjax.models.multimodal import Text
 from mmjax.models.outputs import Outputs
 from mmjax.objectives import captioning
 from mmjax.sharding.mesh import make_mesh
@@ -98,9 +99,7 @@ def test_matching_is_a_probability_for_each_pair(openmoji_folder):
             name: one.module.apply({"params": one.params}, name, inputs, method="tokens")
             for name, inputs in (("image", IMAGES), ("text", ids))
         }
-        logits = one.module.apply(
-            {"params": one.params}, api.Text(ids, *both["text"]), both["image"][0], method="match"
-        )
+        logits = one.module.apply({"params": one.params}, Text(ids, *both["text"]), both["image"][0], method="match")
     np.testing.assert_allclose(found, 1 / (1 + np.exp(logits[:, 0] - logits[:, 1])), atol=1e-5)
 
 

@@ -15,6 +15,7 @@ from mmjax.sharding.rules import constrain
 Cache = Mapping[str, Array]
 # Collections of Flax variables, for `mmjax.explain` alone.
 ATTENTION, SHIFT = "attention", "attention_shift"
+FEW_KEYS = 32  # fewer: XLA's own order is as fast on a CPU
 _portable: ContextVar[bool] = ContextVar("portable", default=False)
 
 
@@ -60,11 +61,14 @@ class Attention(nn.Module):
         if cache and position is not None:
             key = jax.lax.dynamic_update_slice_in_dim(cache["key"], key, position, axis=1)
             value = jax.lax.dynamic_update_slice_in_dim(cache["value"], value, position, axis=1)
-        if is_explained(self):
-            weights = nn.softmax(_logits(query, key, mask, bias)).astype(self.dtype)
-            attended = jnp.einsum("bhqk,bkhd->bqhd", explained(self, weights), value)
+        chosen = implementation(query, key, mask, bias)
+        if is_explained(self) or chosen == "heads_first":
+            # A batched product whose batches lie apart in memory is slow on a CPU: heads go before tokens.
+            queries, keys, values = (tensor.swapaxes(1, 2) for tensor in (query, key, value))
+            weights = nn.softmax(_logits(queries, keys, mask, bias)).astype(self.dtype)
+            weights = explained(self, weights) if is_explained(self) else weights
+            attended = jnp.einsum("bhqk,bhkd->bhqd", weights, values).swapaxes(1, 2)
         else:
-            chosen = implementation(query, key, mask, bias)
             if chosen == "cudnn" and mask is not None:  # it takes no mask that is to be broadcast over the queries
                 mask = jnp.broadcast_to(mask, (*mask.shape[:2], query.shape[1], key.shape[1]))
             attended = jax.nn.dot_product_attention(query, key, value, bias, mask=mask, implementation=chosen)
@@ -77,7 +81,7 @@ class Attention(nn.Module):
 def _logits(
     query: Array, key: Array, mask: Array | None, bias: Array | None
 ) -> Float[Array, "batch heads queries keys"]:
-    logits = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32) * query.shape[-1] ** -0.5
+    logits = jnp.einsum("bhqd,bhkd->bhqk", query, key, preferred_element_type=jnp.float32) * query.shape[-1] ** -0.5
     logits = logits if bias is None else logits + bias
     return logits if mask is None else jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
 
@@ -102,17 +106,22 @@ def explained(
 
 
 def implementation(query: Array, key: Array, mask: Array | None, bias: Array | None = None) -> str:
-    """ "cudnn" (flash attention) on a GPU where its conditions hold, "xla" everywhere else, and where `portable`.
+    """ "cudnn" (flash attention) on a GPU where its conditions hold, "heads_first" on a CPU, but for few keys
+    (docs/performance.md); "xla" everywhere else, and where `portable`.
 
     cuDNN takes 16-bit types and head sizes that are multiples of 8 up to 256; its backward pass
     with a mask needs even sequence lengths. With a bias it needs them too, and they are odd where there is a class
     token; its gradient would also be rounded to 16 bits. So what has a bias goes to XLA.
     """
+    if _portable.get():
+        return "xla"
+    if jax.default_backend() == "cpu":
+        return "heads_first" if key.shape[1] >= FEW_KEYS else "xla"
     head_dim, lengths = query.shape[-1], (query.shape[1], key.shape[1])
     sixteen_bit = query.dtype in (jnp.bfloat16, jnp.float16)
     even = mask is None or all(length % 2 == 0 for length in lengths)
     fits = sixteen_bit and head_dim % 8 == 0 and head_dim <= 256 and even and bias is None
-    return "cudnn" if jax.default_backend() == "gpu" and fits and not _portable.get() else "xla"
+    return "cudnn" if jax.default_backend() == "gpu" and fits else "xla"
 
 
 @contextmanager

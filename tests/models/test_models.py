@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from mmjax import config as configs
 from mmjax.building import init_params, make_module
 from mmjax.errors import UserError
-from mmjax.models import flops, position, variants
+from mmjax.models import attention, flops, position, variants
 from mmjax.models.attention import ATTENTION, Attention
 from mmjax.models.multimodal import ImageEncoder, MultimodalModel, tower_size
 from mmjax.models.outputs import Outputs
@@ -73,28 +73,48 @@ def test_unknown_variants_are_refused():
     assert variants.parse("B") == (variants.SIZES["B"], 0)
 
 
-def test_attention_is_the_textbook_formula(mesh):
+@pytest.mark.parametrize("tokens, chosen", [(5, "xla"), (40, "heads_first")])
+def test_attention_is_the_textbook_formula(mesh, tokens, chosen):
     """Softmax(QK'/sqrt(d) + B)V with numpy, self and cross, with a mask; also where its weights are asked for."""
-    x, context = np.random.default_rng(0).normal(size=(2, 2, 5, 12)).astype(np.float32)
-    mask = np.random.default_rng(1).random((2, 1, 1, 5)) < 0.7
+    x, context = np.random.default_rng(0).normal(size=(2, 2, tokens, 12)).astype(np.float32)
+    mask = np.random.default_rng(1).random((2, 1, 1, tokens)) < 0.7
     mask[..., 0] = True
-    bias = np.random.default_rng(2).normal(size=(1, 3, 5, 5)).astype(np.float32)
+    bias = np.random.default_rng(2).normal(size=(1, 3, tokens, tokens)).astype(np.float32)
     module = Attention(heads=3)
+    heads_of_x = x.reshape(2, tokens, 3, 4)
+    assert attention.implementation(heads_of_x, heads_of_x, mask) == chosen
     for keys, added in ((x, None), (context, None), (x, bias)):
         params = module.init(KEY, x, keys, mask)
         p = jax.tree.map(np.asarray, params["params"])
 
         def heads(name, tokens, p=p):
-            return (tokens @ p[name]["kernel"] + p[name]["bias"]).reshape(2, 5, 3, 4).transpose(0, 2, 1, 3)
+            return (tokens @ p[name]["kernel"] + p[name]["bias"]).reshape(2, -1, 3, 4).transpose(0, 2, 1, 3)
 
         q, k, v = heads("query", x), heads("key", keys), heads("value", keys)
         scores = np.where(mask, q @ k.transpose(0, 1, 3, 2) / 2 + (0 if added is None else added), -np.inf)
         weights = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
-        out = (weights @ v).transpose(0, 2, 1, 3).reshape(2, 5, 12) @ p["out"]["kernel"] + p["out"]["bias"]
+        out = (weights @ v).transpose(0, 2, 1, 3).reshape(2, tokens, 12) @ p["out"]["kernel"] + p["out"]["bias"]
         np.testing.assert_allclose(module.apply(params, x, keys, mask, bias=added), out, atol=1e-5)
         shown, found = module.apply(params, x, keys, mask, bias=added, mutable=[ATTENTION])
         np.testing.assert_allclose(shown, out, atol=1e-5)
         np.testing.assert_allclose(found[ATTENTION]["weights"], weights / weights.sum(-1, keepdims=True), atol=1e-5)
+
+
+def test_every_implementation_of_attention_has_the_same_gradient(mesh):
+    x = jax.random.normal(KEY, (2, 40, 12))
+    mask, bias = jnp.arange(40) < 33, jax.random.normal(KEY, (1, 3, 40, 40))
+    module = Attention(heads=3)
+    params = module.init(KEY, x)
+
+    def gradient(params, x, bias):
+        def value(*inputs):
+            return (module.apply(*inputs[:2], mask=mask[None, None, None], bias=inputs[2]) ** 3).sum()
+
+        return jax.grad(value, argnums=(0, 1, 2))(params, x, bias)
+
+    with attention.portable():
+        expected = gradient(params, x, bias)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), gradient(params, x, bias), expected)
 
 
 def test_attention_on_a_gpu_takes_every_mask(mesh, monkeypatch):
