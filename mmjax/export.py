@@ -203,7 +203,7 @@ class _Tower(NamedTuple):
             for name, dtype in self.types.items()
         ]
         variables = {"params": self.tree.unflatten(leaves)}
-        return self.module.apply(variables, self.modality, inputs, method="encode")["embedding"].astype(np.float32)
+        return self.module.apply(variables, self.modality, inputs, method="features")["embedding"].astype(np.float32)
 
 
 def _is_bfloat16(array: np.ndarray) -> bool:

@@ -49,7 +49,7 @@ class Model:
         self.module = module = make_module(config)
 
         def encode(params: PyTree, inputs: jax.Array, modality: str, output: str) -> jax.Array:
-            return module.apply({"params": params}, modality, inputs, method="encode")[output].astype(np.float32)
+            return module.apply({"params": params}, modality, inputs, method="features")[output].astype(np.float32)
 
         def tokens(params: PyTree, inputs: jax.Array, modality: str) -> tuple:
             return module.apply({"params": params}, modality, inputs, method="tokens")

@@ -20,7 +20,7 @@ from mmjax.models.audio import AudioEmbed
 from mmjax.models.decoder import Decoder
 from mmjax.models.fusion import Fusion
 from mmjax.models.patch import PatchEmbed, normalize
-from mmjax.models.pooling import Pool, Queries
+from mmjax.models.pooling import ONE_TOKEN, Pool, Queries, place
 from mmjax.models.position import ImagePosition, Relative, RelativePosition
 from mmjax.models.text import TextEmbed, TokenHead
 from mmjax.models.token_drop import drop_tokens, kept_places
@@ -152,9 +152,10 @@ class ImageEncoder(nn.Module):
         image: UInt8[Array, "batch height width 3"] | Mapping[str, Array],
         rng: Key[Array, " batch"] | None = None,
         masked: Bool[Array, "batch patches"] | None = None,
+        pooled_only: bool = False,
     ) -> tuple[Float[Array, "batch tokens embed"], Bool[Array, "batch tokens"] | None]:
         """The tokens, and which of them are no padding (None: all). Of patches that are `masked` only the places are
-        known.
+        known. With `pooled_only` there is one token, that which is pooled.
 
         Raises:
           UserError: the image is of another size than the relative positions.
@@ -179,7 +180,8 @@ class ImageEncoder(nn.Module):
         if rng is not None and config["token_drop"]:
             x = drop_tokens(x, rng, config["token_drop"], always_kept=int(self.has_class_token))
         bias = self.relative_position() if config["relative_position"] == "shared" else None
-        x = self.transformer(x, bias=bias)
+        read = place(config["pooling"], x.shape[1], x.shape[0], None) if pooled_only else None
+        x = self.transformer(x, bias=bias, read=read)
         return self.queries(x) if config["queries"] else x, None
 
     def _of_patches(
@@ -222,8 +224,11 @@ class TextEncoder(nn.Module):
         text: Int[Array, "batch length"],
         rng: Key[Array, " batch"] | None = None,
         context: Float[Array, "batch keys embed2"] | None = None,
+        pooled_only: bool = False,
     ) -> tuple[Float[Array, "batch tokens embed"], Bool[Array, "batch tokens"] | None]:
-        """The tokens, and which of them are no padding (None: padding is part of the input)."""
+        """The tokens, and which of them are no padding (None: padding is part of the input). With `pooled_only` there
+        is one token, that which is pooled.
+        """
         config, x = self.config, self.embed(text)
         valid = None
         if config["mask_padding"]:
@@ -244,6 +249,9 @@ class TextEncoder(nn.Module):
         if config["causal"]:
             causal = jnp.tril(jnp.ones((1, 1, x.shape[1], x.shape[1]), bool))
             mask = causal if mask is None else mask & causal
+        if pooled_only:
+            read = place(config["pooling"], x.shape[1], x.shape[0], valid)
+            return self.transformer(x, mask, read=read), jnp.ones((x.shape[0], 1), bool)
         return self.transformer(x, mask, context), valid
 
     def _class_tokens(self, batch: int, length: int) -> Float[Array, "batch 1 embed"]:
@@ -357,6 +365,12 @@ class MultimodalModel(nn.Module):
         """
         tokens, valid = self.tokens(modality, inputs, rng)
         return {"tokens": tokens, "valid": valid, **self.embed(modality, tokens, valid)}
+
+    def features(self, modality: str, inputs: Array) -> dict[str, Array]:
+        """`embed` of the tokens; where one of them is pooled, the last layer computes no other. For inference."""
+        encoder = self.config["encoders"][modality]
+        alone = encoder["pooling"] in ONE_TOKEN and not encoder.get("queries") and not encoder.get("max_patches")
+        return self.embed(modality, *self.tokens(modality, inputs, **({"pooled_only": True} if alone else {})))
 
     def tokens(
         self, modality: str, inputs: Array, rng: Key[Array, " batch"] | None = None, **options: Array

@@ -2,12 +2,13 @@
 
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from mmjax.models.attention import Attention, explained, is_explained
 from mmjax.models.transformer import PRE_NORM, Mlp, Style, layer_norm
 
 POOLINGS = ("mean", "cls", "map", "query", "last", "eos")
+ONE_TOKEN = ("cls", "last", "eos")  # those that read one of the tokens
 QUERY_NORMS = ("output", "input", "both")
 
 
@@ -38,6 +39,13 @@ class Queries(nn.Module):
         mask = None if valid is None else valid[:, None, None, :]
         pooled = Attention(self.heads, self.dtype, name="attention")(queries, context=x, mask=mask)
         return pooled if self.norm == "input" else layer_norm("norm", self.dtype, self.style)(pooled)
+
+
+def place(kind: str, tokens: int, batch: int, valid: Bool[Array, "batch tokens"] | None) -> Int[Array, " batch"]:
+    """Where the token is that a pooling of ONE_TOKEN reads: see `Pool`."""
+    if kind == "eos":
+        return valid.sum(axis=1) - 1
+    return jnp.full((batch,), tokens - 1 if kind == "last" else 0)
 
 
 class Pool(nn.Module):
@@ -81,7 +89,7 @@ class Pool(nn.Module):
         if self.kind == "last":
             return x[:, -1]
         if self.kind == "eos":
-            return jnp.take_along_axis(x, valid.sum(axis=1)[:, None, None] - 1, axis=1)[:, 0]
+            return jnp.take_along_axis(x, place("eos", x.shape[1], x.shape[0], valid)[:, None, None], axis=1)[:, 0]
         if self.kind == "mean" and is_explained(self):
             counted = jnp.ones(x.shape[:2], x.dtype) if valid is None else valid.astype(x.dtype)
             counted = counted.at[:, 0].set(0) if self.class_token else counted

@@ -91,6 +91,8 @@ class Block(nn.Module):
     where they are missing. Returns the tokens and the cache.
 
     `bias` is added to the logits of self-attention; with `relative`, so is one of this block's own.
+
+    With `read`, a place for each row, the token there is all that is computed from the tokens, and returned.
     """
 
     heads: int
@@ -110,6 +112,7 @@ class Block(nn.Module):
         context: Float[Array, "batch keys2 embed2"] | None = None,
         position: Int[Array, ""] | None = None,
         bias: Float[Array, "1 heads tokens tokens"] | None = None,
+        read: Int[Array, " batch"] | None = None,
     ) -> tuple[Float[Array, "batch tokens embed"], PyTree[Array] | None]:
         if self.relative is not None:
             own = RelativePosition(self.relative, self.heads, name="relative_position")()
@@ -118,6 +121,9 @@ class Block(nn.Module):
 
         def attend(name: str, tokens: Array) -> Array:
             attention = Attention(self.heads, self.dtype, self.style.key_bias, name=name)
+            if read is not None:
+                queries = _tokens_at(read, tokens)
+                return attention(queries, tokens, _queries_at(read, mask), bias=_queries_at(read, bias))
             if cache is None:
                 return attention(tokens, mask=mask, bias=bias)
             out, kept["self"] = attention(tokens, mask=mask, cache=cache["self"], position=position)
@@ -148,8 +154,23 @@ class Block(nn.Module):
             if self.style.layer_scale:
                 init = nn.initializers.constant(self.style.layer_scale)
                 out = out * self.param(f"{name}_layer_scale", init, out.shape[-1:]).astype(out.dtype)
+            if read is not None and layer is attend:
+                x = _tokens_at(read, x)
             x = x + out if pre else norm(x + out)
         return x, None if cache is None else kept
+
+
+def _tokens_at(read: Int[Array, " batch"], x: Float[Array, "batch tokens embed"]) -> Float[Array, "batch 1 embed"]:
+    return jnp.take_along_axis(x, read[:, None, None], axis=1)
+
+
+def _queries_at(read: Int[Array, " batch"], pairs: Array | None) -> Array | None:
+    """Of a mask or a bias [#batch, heads, #tokens, keys] what belongs to the queries at these places."""
+    if pairs is None or pairs.shape[2] == 1:
+        return pairs
+    if pairs.shape[0] == 1:
+        return pairs[0][:, read].swapaxes(0, 1)[:, :, None]
+    return jnp.take_along_axis(pairs, read[:, None, None, None], axis=2)
 
 
 class Transformer(nn.Module):
@@ -158,6 +179,9 @@ class Transformer(nn.Module):
     The blocks' parameters are stacked over a leading layer axis, and so is a `cache`. `unroll` layers are laid out in
     one iteration of the scan (0: all of them); it changes speed and compile time, not parameters. All blocks add the
     same `bias`, and with `relative` one of their own.
+
+    With `read`, a place for each row, only the token there is returned: [batch, 1, embed]. The last layer computes
+    nothing else, which saves most of its work. It is for inference: there is no gradient with respect to parameters.
     """
 
     depth: int
@@ -180,9 +204,13 @@ class Transformer(nn.Module):
         cache: PyTree[Array] | None = None,
         position: Int[Array, ""] | None = None,
         bias: Float[Array, "1 heads tokens tokens"] | None = None,
+        read: Int[Array, " batch"] | None = None,
     ) -> Float[Array, "batch tokens embed"] | tuple[Float[Array, "batch tokens embed"], PyTree[Array]]:
         x, kept = constrain(x, "batch", "sequence", "embed"), cache
-        if self.depth:
+        block_style = (self.cross, self.style, self.relative, self.cross_mlp)
+        if self.depth and read is not None:
+            x = self._read(Block(self.heads, self.mlp_dim, self.dtype, *block_style, parent=None), x, mask, bias, read)
+        elif self.depth:
             block = Block
             if self.remat != "none":
                 block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
@@ -194,12 +222,21 @@ class Transformer(nn.Module):
                 length=self.depth,
                 unroll=self.unroll or self.depth,
             )
-            block_style = (self.cross, self.style, self.relative, self.cross_mlp)
             blocks = block(self.heads, self.mlp_dim, self.dtype, *block_style, name="blocks")
             x, kept = stack(blocks, x, cache, mask, context, position, bias)
         if self.style.norm == "pre" and self.style.final_norm:
             x = layer_norm("norm", self.dtype, self.style)(x)
         return x if cache is None else (x, kept)
+
+    def _read(self, block: Block, x: Array, mask: Array | None, bias: Array | None, read: Array) -> Array:
+        stacked = self.variables["params"]["blocks"]
+
+        def layer(number: Array | int, x: Array, read: Array | None = None) -> Array:
+            # Indexed here, not sliced before: a slice of all layers but one would be a copy of their parameters.
+            params = jax.tree.map(lambda stack: jax.lax.dynamic_index_in_dim(stack, number, keepdims=False), stacked)
+            return block.apply({"params": params}, x, None, mask, None, None, bias, read)[0]
+
+        return layer(self.depth - 1, jax.lax.fori_loop(0, self.depth - 1, layer, x), read)
 
     def empty_cache(self, batch: int, tokens: int, width: int) -> PyTree[Array]:
         """A cache for so many tokens, with nothing in it."""

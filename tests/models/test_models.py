@@ -136,6 +136,36 @@ def test_attention_on_a_gpu_takes_every_mask(mesh, monkeypatch):
     assert seen["implementation"] == "xla"
 
 
+@pytest.mark.parametrize(
+    "image, text",
+    [
+        ({"pooling": "cls", "relative_position": "layer"}, {"pooling": "eos", "causal": True, "end_id": 2}),
+        (
+            {"pooling": "cls", "relative_position": "shared", "layer_scale": 0.1},
+            {"pooling": "last", "class_token": True},
+        ),
+        ({"pooling": "last"}, {"pooling": "cls", "mask_padding": True, "norm": "post", "pool_dense": True}),
+    ],
+)
+def test_where_one_token_is_pooled_the_last_layer_computes_no_other(mesh, image, text):
+    config = tiny.get_config()
+    config.model.encoders.image.update(image)
+    config.model.encoders.text.update(text)
+    module = make_module(config)
+    params = init_params(config, module)
+    ids = np.random.default_rng(0).integers(3, 99, (4, 8))
+    ids[np.arange(4), [7, 3, 0, 5]] = 2  # where the text ends
+    ids[1, 4:] = ids[3, 6:] = config.model.encoders.text.pad_id
+    inputs = {"image": np.random.default_rng(1).integers(0, 256, (4, 28, 28, 3), np.uint8), "text": ids}
+    for modality, rows in inputs.items():
+        apply = partial(module.apply, {"params": params}, modality, rows)
+        assert apply(method="tokens", pooled_only=True)[0].shape[1] == 1
+        expected, found = apply(method="encode"), apply(method="features")
+        for name in ("pooled", "projected", "embedding"):
+            np.testing.assert_allclose(found[name], expected[name], atol=2e-5)
+        assert np.ptp(expected["embedding"], axis=0).max() > 1e-3
+
+
 def test_scan_unroll_and_rematerialisation_change_neither_value_nor_gradient(mesh):
     x = jax.random.normal(KEY, (2, 6, 16))
     reference = Transformer(3, 2, 32)
