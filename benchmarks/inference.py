@@ -2,7 +2,7 @@
 
     python benchmarks/inference.py --json=inference.json
     python benchmarks/inference.py --peers=open_clip,open_clip_compiled,transformers,transformers_compiled
-    python benchmarks/inference.py --peers= --batch=1 --rounds=20
+    python benchmarks/inference.py --peers= --batch=1 --rounds=20 --starts=1
 
 The model has the sizes of CLIP's ViT-B/16 (149.6 M parameters; images of 224 pixels, texts of 77 tokens, width 768 and
 512) and random weights, float32. One call is timed as a whole: from uint8 pixels at the model's size, or ids, to
@@ -15,8 +15,9 @@ as many threads as there are cores; `..._compiled` is the same through `torch.co
               its tokenizer pads them (`padding=True`: to the longest); open_clip takes 77 alone
 
 Each system lives in a process of its own, is warm before the first round, and waits while another one works; they
-take turns, call by call, `--rounds` times. Rates are medians; a ratio is the median of the rounds' ratios, which a
-machine that gets slower and faster disturbs least. Where other programs take turns on the processors, who has more
+take turns, call by call, `--rounds` times. Where a process's memory lies makes it faster or slower by a tenth for as
+long as it lives, so all of them are started `--starts` times. Rates are medians; a ratio is the median of the rounds'
+ratios, which a machine that gets slower and faster disturbs least. Where other programs take turns on the processors, who has more
 threads gets more of them, and threads that wait for each other lose most; so the ratio of rows per processor second
 (`..._per_cpu`) is reported too, and `--cores=0` pins every system to one core.
 
@@ -43,6 +44,7 @@ IMAGE_SIZE, PATCH_SIZE, EMBED_DIM = 224, 16, 512
 TEXT_LENGTH, VOCAB_SIZE = 77, 49_408
 END_ID = VOCAB_SIZE - 1
 CAPTION_LENGTHS = (8, 16)
+PAUSE = 0.5  # seconds
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 NEEDED = {
     "open_clip": ("torch", "torchvision", "timm", "open_clip"),
@@ -63,9 +65,9 @@ def main() -> int:
     needed = [package for peer in arguments.peers for package in NEEDED[peer]]
     if not report.installed(needed, "see benchmarks/inference.py, or use --peers="):
         return 2
-    rounds = measure(arguments)
+    rounds = [each for _ in range(arguments.starts) for each in measure(arguments)]
     metrics = summary(rounds, arguments.batch) | {"load_average": os.getloadavg()[0]}
-    report.print_table(metrics, f"Batches of {arguments.batch}, {arguments.rounds} rounds")
+    report.print_table(metrics, f"Batches of {arguments.batch}, {len(rounds)} rounds")
     if arguments.json:
         report.write_json(arguments.json, metrics)
     return 0
@@ -77,7 +79,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--peers", default="open_clip,transformers", help=f"of {', '.join(NEEDED)}; empty for none")
     parser.add_argument("--tasks", default=",".join(TASKS), help="comma-separated")
     parser.add_argument("--batch", type=int, default=16, help="rows of a call")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3, help="of each start")
+    parser.add_argument("--starts", type=int, default=5, help="of all processes")
     parser.add_argument("--activation", choices=("quick_gelu", "gelu"), default="quick_gelu", help="of the MLPs")
     parser.add_argument("--cores", help="pin every system to these, as in 0 or 0,1")
     parser.add_argument("--json", help="also write the metrics to this file")
@@ -85,8 +88,8 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     arguments.peers = report.chosen_peers(parser, arguments.peers, NEEDED)
     arguments.tasks = [task for task in TASKS if task in arguments.tasks.split(",")]
-    if arguments.batch < 1 or arguments.rounds < 1 or not arguments.tasks:
-        parser.error("--batch and --rounds must be 1 or more, --tasks some of " + ", ".join(TASKS))
+    if min(arguments.batch, arguments.rounds, arguments.starts) < 1 or not arguments.tasks:
+        parser.error("--batch, --rounds and --starts must be 1 or more, --tasks some of " + ", ".join(TASKS))
     return arguments
 
 
@@ -118,7 +121,8 @@ def start(system: str) -> subprocess.Popen:
 
 
 def ask(worker: subprocess.Popen, task: str) -> dict[str, float]:
-    """What one call took."""
+    """What one call took. Threads of the call before it, of another system, may spin a while: it begins after that."""
+    time.sleep(PAUSE)
     worker.stdin.write(f"{task}\n")
     worker.stdin.flush()
     return answer(worker)
