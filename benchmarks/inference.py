@@ -14,12 +14,12 @@ as many threads as there are cores; `..._compiled` is the same through `torch.co
     caption   `--batch` captions of 8 to 16 tokens. mmjax cuts the padding off by itself; transformers is given ids as
               its tokenizer pads them (`padding=True`: to the longest); open_clip takes 77 alone
 
-Each system lives in a process of its own, is warm before the first round, and waits while another one works; they
-take turns, call by call, `--rounds` times. Where a process's memory lies makes it faster or slower by a tenth for as
-long as it lives, so all of them are started `--starts` times. Rates are medians; a ratio is the median of the rounds'
-ratios, which a machine that gets slower and faster disturbs least. Where other programs take turns on the processors, who has more
-threads gets more of them, and threads that wait for each other lose most; so the ratio of rows per processor second
-(`..._per_cpu`) is reported too, and `--cores=0` pins every system to one core.
+Each system lives in a process of its own, is warm before the first round, and waits while another one works; they take
+turns, call by call, `--rounds` times. Where a process's memory lies makes it faster or slower by a tenth for as long as
+it lives, so all of them are started `--starts` times. Rates are medians; a ratio is the median of the rounds' ratios,
+which a machine that gets slower and faster disturbs least. Where other programs take turns on the processors, who has
+more threads gets more of them, and threads that wait for each other lose most; so the ratio of rows per processor
+second (`..._per_cpu`) is reported too, and `--cores=0` pins every system to one core.
 
 The peers need packages that mmjax does not: see benchmarks/quickstart.py, and `pip install transformers==5.24.0`.
 Exit code 2: a peer's package is not installed.
