@@ -39,16 +39,18 @@ def make_train_step(
         batch = {**batch, "rng": jax.random.split(row_rng, len(next(iter(batch.values()))))}
         teach = teacher.of(teacher_params or state.ema) if teacher else None
         grads, metrics = gradient(state.params, batch, rng, names, teach)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        rate = schedule(state.step)
-        params = jax.tree.map(lambda old, update: old - rate * update, state.params, updates)
+        with jax.named_scope("optimizer"):  # for who reads a profile
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            rate = schedule(state.step)
+            params = jax.tree.map(lambda old, update: old - rate * update, state.params, updates)
         grad_norm = optax.tree.norm(grads)
         metrics |= {"train/grad_norm": grad_norm, "train/learning_rate": rate}
         ema = state.ema
         if ema_decay:
             # A young average follows faster, or it would remember its random start.
             decay = jnp.minimum(ema_decay, (1.0 + state.step) / (10.0 + state.step))
-            ema = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, ema, params)
+            with jax.named_scope("optimizer"):
+                ema = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, ema, params)
         good, judged = health.judge(state.health, metrics["train/loss"], grad_norm, config.health.spike_zscore)
         old, new = (state.params, state.opt_state, state.ema), (params, opt_state, ema)
         params, opt_state, ema = jax.tree.map(lambda was, becomes: jnp.where(good, becomes, was), old, new)

@@ -1,0 +1,431 @@
+"""Images per second of a whole training step of CLIP and SigLIP, beside open_clip and transformers in PyTorch.
+
+    python benchmarks/train_step.py --peers=open_clip,transformers --models=B/32,B/16,L/14,So400m/14 --batch=256
+    python benchmarks/train_step.py --models=quickstart,Ti/16,S/16 --batch=32 --json=train_step.json
+    python benchmarks/train_step.py --peers= --models=B/16 --profile=trace
+
+A step is forward, backward, a global norm that is clipped, and AdamW, on random pixels and ids that are on the device
+already; images of 224 pixels (the quickstart's: 60), texts of 77 tokens (SigLIP's: 64, the quickstart's: 12). All
+systems have the same towers, poolings, activations and loss. On a GPU they compute in bfloat16 with float32 weights, on
+a CPU in float32. mmjax reads uint8 pixels and normalises them, the peers are given normalised ones. PyTorch runs with
+its fused attention and its fused AdamW, and `..._compiled` through `torch.compile`, which is the default on a GPU.
+
+Each measurement is a process of its own, so that it has the device's memory for itself; the systems take turns,
+`--starts` times. Of each model:
+
+    images_per_second           of the median start; `--steps` steps are timed together, after two that are not
+    mfu                         floating-point operations of the matrix products, by formula, over the device's dense
+                                bfloat16 peak; on GPUs and TPUs alone
+    of_matmul_rate              the same over the rate of one large matrix product in the same process
+    first_step_seconds          tracing and compiling, or finding it in the cache, and the first step
+    peak_memory                 bytes: of the device's allocator; on a CPU what the compiled program needs, and by how
+                                much a peer's process grew
+    largest_batch               with `--largest`: to an eighth, by trying
+    over_PEER                   images per second over the peer's, of one start each: the median
+    peak_memory_over_PEER       the same of memory
+
+`--profile` writes a trace of mmjax's step into a folder and prints where its time goes, by the kind of kernel.
+
+The peers need packages that mmjax does not: see benchmarks/quickstart.py, and `pip install transformers==5.24.0`.
+Exit code 2: a peer's package is not installed.
+"""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import report
+
+ROOT = Path(__file__).resolve().parent.parent
+NEEDED = {
+    "open_clip": ("torch", "torchvision", "timm", "open_clip"),
+    "transformers": ("torch", "torchvision", "transformers"),
+}
+NEEDED |= {f"{name}_compiled": packages for name, packages in NEEDED.items()}
+LEARNING_RATE, WEIGHT_DECAY, BETAS, CLIP_NORM = 1e-4, 0.1, (0.9, 0.95), 1.0
+WARM_STEPS = 2
+
+
+class Tower(NamedTuple):
+    """The sizes of a Transformer, under transformers' names."""
+
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    intermediate_size: int
+
+
+class Sizes(NamedTuple):
+    """A model: two towers, and what they read."""
+
+    vision: Tower
+    text: Tower
+    patch_size: int
+    siglip: bool = False
+    image_size: int = 224
+    length: int = 77
+    vocab_size: int = 49_408
+
+
+def _of_width(width: int, heads: int, depth: int = 12) -> Tower:
+    return Tower(width, depth, heads, 4 * width)
+
+
+MODELS = {
+    "quickstart": Sizes(_of_width(128, 4, 3), _of_width(128, 4, 2), 20, False, 60, 12, 4096),
+    "Ti/16": Sizes(_of_width(192, 3), _of_width(192, 3), 16),
+    "S/16": Sizes(_of_width(384, 6), _of_width(384, 6), 16),
+    "B/32": Sizes(_of_width(768, 12), _of_width(512, 8), 32),
+    "B/16": Sizes(_of_width(768, 12), _of_width(512, 8), 16),
+    "L/14": Sizes(_of_width(1024, 16, 24), _of_width(768, 12), 14),
+    "B/16-SigLIP": Sizes(_of_width(768, 12), _of_width(768, 12), 16, True, length=64, vocab_size=32_000),
+    "So400m/14": Sizes(Tower(1152, 27, 16, 4304), Tower(1152, 27, 16, 4304), 14, True, length=64, vocab_size=32_000),
+}
+OPEN_CLIP_SIGLIPS = {"B/16-SigLIP": "ViT-B-16-SigLIP", "So400m/14": "ViT-SO400M-14-SigLIP"}
+Step = Callable[[], None]
+Found = dict[str, float]
+
+
+def main() -> int:
+    """Runs the command line; returns the exit code."""
+    arguments = parse_arguments()
+    if arguments.only:
+        print(json.dumps(measure(arguments)))
+        return 0
+    needed = [package for peer in arguments.peers for package in NEEDED[peer]]
+    if not report.installed(needed, "see benchmarks/train_step.py, or use --peers="):
+        return 2
+    metrics: dict[str, float] = {}
+    for model in arguments.models:
+        systems = ["mmjax", *arguments.peers]
+        starts = []
+        for number in range(arguments.starts):
+            turn = systems[number % len(systems) :] + systems[: number % len(systems)]
+            starts.append({system: run(arguments, system, model, arguments.batch) for system in turn})
+        metrics |= {f"{model}/{name}": value for name, value in summary(starts, arguments).items()}
+        if arguments.largest:
+            largest = {system: largest_batch(arguments, system, model) for system in systems}
+            metrics |= {f"{model}/{system}_largest_batch": batch for system, batch in largest.items()}
+            for peer in arguments.peers:
+                metrics[f"{model}/largest_batch_over_{peer}"] = largest["mmjax"] / max(largest[peer], 1)
+    metrics["batch"] = arguments.batch
+    report.print_table(metrics, f"A training step, batches of {arguments.batch}, {arguments.starts} starts")
+    if arguments.json:
+        report.write_json(arguments.json, metrics)
+    return 0
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line; `peers` and `models` become lists of names."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", default="quickstart,Ti/16,S/16", help=f"of {', '.join(MODELS)}")
+    parser.add_argument("--peers", help=f"of {', '.join(NEEDED)}; empty for none; by default open_clip, transformers")
+    parser.add_argument("--batch", type=int, default=32, help="pairs of a step")
+    parser.add_argument("--steps", type=int, default=5, help="timed together")
+    parser.add_argument("--starts", type=int, default=3, help="of each system")
+    parser.add_argument("--unroll", type=int, default=0, help="mmjax's layers in one iteration of its scan; 0: all")
+    parser.add_argument("--remat", default="none", help="what mmjax computes again in the backward pass")
+    parser.add_argument("--largest", action="store_true", help="also find the largest batch that fits")
+    parser.add_argument("--profile", metavar="FOLDER", help="trace mmjax's step, print where its time goes, and end")
+    parser.add_argument("--json", help="also write the metrics to this file")
+    parser.add_argument("--only", choices=("mmjax", *NEEDED), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.peers is None:
+        ending = "_compiled" if _has_gpu() else ""
+        arguments.peers = f"open_clip{ending},transformers{ending}"
+    arguments.peers = report.chosen_peers(parser, arguments.peers, NEEDED)
+    arguments.models = [name for name in arguments.models.split(",") if name]
+    for name in arguments.models:
+        if name not in MODELS:
+            parser.error(f'unknown model "{name}"; known: {", ".join(MODELS)}')
+    if min(arguments.batch, arguments.steps, arguments.starts) < 1 or not arguments.models:
+        parser.error("--batch, --steps and --starts must be 1 or more, --models not empty")
+    if arguments.profile:
+        arguments.only, arguments.models = "mmjax", arguments.models[:1]
+    return arguments
+
+
+def _has_gpu() -> bool:
+    return Path("/proc/driver/nvidia/version").exists()
+
+
+def run(arguments: argparse.Namespace, system: str, model: str, batch: int) -> Found | None:
+    """What one process measured; None where it failed, for want of memory say (its message is shown)."""
+    command = [sys.executable, __file__, f"--only={system}", f"--models={model}", f"--batch={batch}", "--peers="]
+    command += [f"--{name}={getattr(arguments, name)}" for name in ("steps", "unroll", "remat")]
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        print(f"{system}, {model}, {batch}: {(done.stderr.strip().splitlines() or ['?'])[-1]}", file=sys.stderr)
+        return None
+    found = json.loads(done.stdout.splitlines()[-1])
+    print(f"{model:12} {system:22} {batch / found['seconds']:10.1f} images/s", file=sys.stderr)
+    return found
+
+
+def largest_batch(arguments: argparse.Namespace, system: str, model: str) -> int:
+    """The largest batch that fits, to an eighth; 0 if not even `--batch` does."""
+    fits, batch = 0, arguments.batch
+    while run(arguments, system, model, batch):
+        fits, batch = batch, 2 * batch
+    fails = batch
+    while fits and fails - fits > fits // 8:
+        middle = (fits + fails) // 2 // 8 * 8
+        if middle <= fits:
+            break
+        fits, fails = (middle, fails) if run(arguments, system, model, middle) else (fits, middle)
+    return fits
+
+
+def summary(starts: list[Mapping[str, Found | None]], arguments: argparse.Namespace) -> dict[str, float]:
+    """The medians over the starts, and those of mmjax's ratios to the peers; what failed is left out."""
+    metrics: dict[str, float] = {}
+    for system in ("mmjax", *arguments.peers):
+        found = [start[system] for start in starts if start[system]]
+        if found:
+            medians = {name: statistics.median(each[name] for each in found) for name in found[0]}
+            metrics[f"{system}_images_per_second"] = arguments.batch / medians.pop("seconds")
+            metrics |= {name if system == "mmjax" else f"{system}_{name}": value for name, value in medians.items()}
+    for peer in arguments.peers:
+        both = [(start["mmjax"], start[peer]) for start in starts if start["mmjax"] and start[peer]]
+        if both:
+            metrics[f"over_{peer}"] = statistics.median(theirs["seconds"] / ours["seconds"] for ours, theirs in both)
+            memory = [ours["peak_memory"] / theirs["peak_memory"] for ours, theirs in both]
+            metrics[f"peak_memory_over_{peer}"] = statistics.median(memory)
+    return metrics
+
+
+def measure(arguments: argparse.Namespace) -> Found:
+    """One system's steps, in this process."""
+    output, sys.stdout = sys.stdout, sys.stderr  # for what libraries print
+    (model,) = arguments.models
+    system = arguments.only.removesuffix("_compiled")
+    step, more = MAKERS[system](model, arguments, system != arguments.only)
+    began = time.perf_counter()
+    step()
+    found = {"first_step_seconds": time.perf_counter() - began}
+    for _ in range(WARM_STEPS - 1):
+        step()
+    began = time.perf_counter()
+    for _ in range(arguments.steps):
+        step()
+    found["seconds"] = (time.perf_counter() - began) / arguments.steps
+    found |= more(found["seconds"])
+    sys.stdout = output
+    return found
+
+
+def _resident() -> int:
+    """Bytes of memory that the process had at most."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def transformers_settings(sizes: Sizes) -> dict[str, Any]:
+    """The model as transformers' config.json has it."""
+    vision = sizes.vision._asdict() | {"image_size": sizes.image_size, "patch_size": sizes.patch_size}
+    text = sizes.text._asdict() | {"vocab_size": sizes.vocab_size, "max_position_embeddings": sizes.length}
+    if sizes.siglip:
+        return {"vision_config": vision, "text_config": text}
+    vision["hidden_act"] = text["hidden_act"] = "gelu"
+    text |= {"eos_token_id": sizes.vocab_size - 1, "bos_token_id": 0, "pad_token_id": 0}
+    return {"vision_config": vision, "text_config": text, "projection_dim": sizes.text.hidden_size}
+
+
+def make_ids(sizes: Sizes, batch: int) -> np.ndarray:
+    """Random ids int32 [batch, length] whose last one is the end token."""
+    ids = np.random.default_rng(0).integers(1, sizes.vocab_size - 1, (batch, sizes.length), np.int32)
+    ids[:, -1] = sizes.vocab_size - 1
+    return ids
+
+
+def make_mmjax(model: str, arguments: argparse.Namespace, compiled: bool) -> tuple[Step, Callable[[float], Found]]:
+    """mmjax's step, as `mmjax.main` compiles it."""
+    from mmjax import runtime
+
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
+    runtime.configure()
+    import jax
+
+    from mmjax import api
+    from mmjax import config as configs
+    from mmjax.interop import clip, siglip
+    from mmjax.models.flops import peak_flops, train_flops
+    from mmjax.sharding.mesh import make_mesh
+    from mmjax.training.optimizer import learning_rate_schedule, make_optimizer
+    from mmjax.training.state import make_state
+    from mmjax.training.step import make_train_step
+
+    sizes = MODELS[model]
+    to_config = siglip.to_config if sizes.siglip else clip.to_config
+    config = configs.completed(to_config(transformers_settings(sizes), {}))
+    for encoder in config.model.encoders.values():
+        encoder.unroll, encoder.remat = arguments.unroll, arguments.remat
+    recipe = config.optimizer
+    recipe.learning_rate, recipe.weight_decay, recipe.grad_clip_norm = LEARNING_RATE, WEIGHT_DECAY, CLIP_NORM
+    recipe.b1, recipe.b2 = BETAS
+    module, mesh = api.make_module(config), make_mesh()
+    rng = np.random.default_rng(0)
+    shape = (arguments.batch, sizes.image_size, sizes.image_size, 3)
+    batch = {"image": rng.integers(0, 256, shape, np.uint8), "text": make_ids(sizes, arguments.batch)}
+    with jax.set_mesh(mesh):
+        init = partial(api.init_params, config, module)
+        optimizer = make_optimizer(recipe, jax.eval_shape(init))
+        train_step = make_train_step(config, module, optimizer, learning_rate_schedule(recipe, 1000, 10))
+        state = [jax.jit(lambda: make_state(init, optimizer, False))()]
+        batch = jax.device_put(batch)
+        lowered = jax.jit(train_step, static_argnums=2, donate_argnums=0).lower(state[0], batch, ("contrastive",))
+    program: list[Any] = []
+
+    def step() -> None:
+        with jax.set_mesh(mesh):
+            if not program:
+                program.append(lowered.compile())
+            state[0], metrics = program[0](state[0], batch)
+            jax.block_until_ready((state[0], metrics))
+
+    def more(seconds: float) -> Found:
+        device = jax.devices()[0]
+        needed, counted = program[0].memory_analysis(), device.memory_stats()
+        rate = train_flops(config.model, ("image", "text")) * arguments.batch / seconds
+        planned = needed.argument_size_in_bytes + needed.temp_size_in_bytes
+        found = {"peak_memory": counted["peak_bytes_in_use"] if counted else planned}
+        if peak := peak_flops(device.device_kind):
+            found["mfu"] = rate / peak
+        return found | {"of_matmul_rate": rate / matmul_rate(jax), "tera_flops_per_second": rate / 1e12}
+
+    if arguments.profile:
+        import trace_table
+
+        step()
+        trace_table.show(step, program[0].as_text(), arguments.steps, Path(arguments.profile))
+        sys.exit()
+    return step, more
+
+
+def matmul_rate(jax) -> float:
+    """Floating-point operations per second of a large matrix product: bfloat16 on a GPU, float32 on a CPU."""
+    on_cpu = jax.default_backend() == "cpu"
+    size, count = (2048, 5) if on_cpu else (8192, 20)
+    matrix = jax.numpy.ones((size, size), jax.numpy.float32 if on_cpu else jax.numpy.bfloat16)
+    product = jax.jit(lambda a, b: a @ b)
+    product(matrix, matrix).block_until_ready()
+    began, result = time.perf_counter(), matrix
+    for _ in range(count):
+        result = product(result, matrix)
+    result.block_until_ready()
+    return 2 * size**3 * count / (time.perf_counter() - began)
+
+
+def make_open_clip(model: str, arguments: argparse.Namespace, compiled: bool) -> tuple[Step, Callable[[float], Found]]:
+    """open_clip's model and loss."""
+    torch = import_torch()
+    import open_clip
+
+    before, sizes = _resident(), MODELS[model]
+    if sizes.siglip:
+        settings = open_clip.get_model_config(OPEN_CLIP_SIGLIPS[model])
+        settings.pop("custom_text", None)
+        settings["text_cfg"] |= {"context_length": sizes.length, "vocab_size": sizes.vocab_size}
+        built, loss = open_clip.model.CustomTextCLIP(**settings, output_dict=True), open_clip.loss.SigLipLoss()
+    else:
+        vision, text = sizes.vision, sizes.text
+        built = open_clip.model.CLIP(
+            embed_dim=text.hidden_size,
+            vision_cfg={
+                "image_size": sizes.image_size,
+                "patch_size": sizes.patch_size,
+                "width": vision.hidden_size,
+                "layers": vision.num_hidden_layers,
+                "head_width": vision.hidden_size // vision.num_attention_heads,
+            },
+            text_cfg={
+                "context_length": sizes.length,
+                "vocab_size": sizes.vocab_size,
+                "width": text.hidden_size,
+                "heads": text.num_attention_heads,
+                "layers": text.num_hidden_layers,
+            },
+            output_dict=True,
+        )
+        loss = open_clip.loss.ClipLoss()
+
+    def value(run, pixels, ids):
+        return loss(**run(pixels, ids))
+
+    return torch_step(torch, built, value, sizes, arguments, compiled, before)
+
+
+def make_transformers(
+    model: str, arguments: argparse.Namespace, compiled: bool
+) -> tuple[Step, Callable[[float], Found]]:
+    """transformers' model and loss, with PyTorch's fused attention."""
+    torch = import_torch()
+    import transformers
+
+    before, sizes = _resident(), MODELS[model]
+    kind = "Siglip" if sizes.siglip else "CLIP"
+    config = getattr(transformers, f"{kind}Config")(attn_implementation="sdpa", **transformers_settings(sizes))
+    built = getattr(transformers, f"{kind}Model")(config)
+
+    def loss(run, pixels, ids):
+        return run(input_ids=ids, pixel_values=pixels, return_loss=True).loss
+
+    return torch_step(torch, built, loss, sizes, arguments, compiled, before)
+
+
+def import_torch():
+    """PyTorch, beside a torchvision that can be imported."""
+    from quickstart import import_torchvision
+
+    import_torchvision()
+    import torch
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.manual_seed(0)
+    return torch
+
+
+def torch_step(
+    torch, model, loss: Callable, sizes: Sizes, arguments: argparse.Namespace, compiled: bool, before: int
+) -> tuple[Step, Callable[[float], Found]]:
+    """A step of a model whose loss is `loss(model, pixels, ids)`."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = model.to(device).train()
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, betas=BETAS, fused=True
+    )
+    called = torch.compile(model) if compiled else model
+    pixels = torch.randn(arguments.batch, 3, sizes.image_size, sizes.image_size, device=device)
+    ids = torch.from_numpy(make_ids(sizes, arguments.batch)).long().to(device)
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            value = loss(called, pixels, ids)
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
+        optimizer.step()
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    def more(seconds: float) -> Found:
+        return {"peak_memory": torch.cuda.max_memory_allocated() if device == "cuda" else _resident() - before}
+
+    return step, more
+
+
+MAKERS = {"mmjax": make_mmjax, "open_clip": make_open_clip, "transformers": make_transformers}
+
+if __name__ == "__main__":
+    sys.exit(main())
