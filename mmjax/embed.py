@@ -73,6 +73,8 @@ def main() -> int:
     config = api.load_config(_MODEL.value, _REVISION.value)
     distributed.initialize(config.distributed)
     modalities = tuple(name for name in MODALITIES if name in (_MODALITIES.value or api.make_module(config).parts))
+    if not modalities:
+        raise UserError(f"--model={_MODEL.value}: it embeds neither images nor texts")
     if "image" not in modalities:
         fields = dataclasses.replace(fields, image=None)
     source = open_source(_SOURCE.value, _SPLIT.value, fields, _ROOT.value, feedback.data_progress)

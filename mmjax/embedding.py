@@ -185,12 +185,12 @@ class Store:
     ) -> None:
         """Writes a part: its rows, and their embeddings by modality."""
         columns = {
-            "key": pa.array([row.key for row in rows], pa.string()),
+            "key": pa.array([_utf8(row.key) for row in rows], pa.string()),
             "valid": pa.array([row.error is None for row in rows], pa.bool_()),
-            "error": pa.array([row.error for row in rows], pa.string()),
+            "error": pa.array([_utf8(row.error) for row in rows], pa.string()),
         }
         if "text" in embeddings:
-            columns["caption"] = pa.array([row.caption for row in rows], pa.string())
+            columns["caption"] = pa.array([_utf8(row.caption) for row in rows], pa.string())
         for modality, values in embeddings.items():
             if self._description["format"] == "npy":
                 path = self.path(number).with_suffix(f".{modality}.npy")
@@ -200,3 +200,8 @@ class Store:
                 columns[modality] = pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), values.shape[1])
         with replacing(self.path(number)) as temporary:
             parquet.write_table(pa.table(columns), temporary, compression="NONE", use_dictionary=False)
+
+
+def _utf8(text: str | None) -> str | None:
+    """The same text; bytes of a file name that are no UTF-8 as escapes, which Parquet can hold."""
+    return None if text is None else text.encode("utf-8", "backslashreplace").decode()

@@ -267,6 +267,8 @@ def _check_part(config: ConfigDict, name: str) -> None:
             f"config.model.{name}.width: {part['width']} is not the text tower's {width}, whose tokens it reads"
         )
     if name == "fusion":
+        if part["pooling"] == "eos" and not (text.mask_padding or text.pooling == "eos"):
+            raise UserError("config.model.fusion.pooling: eos needs encoders.text.mask_padding, or its pooling eos")
         return
     _check_queries(part, "image_queries", ConfigDict(part), "model.decoder")
     if part["cross_mlp"] and part["image"] != "cross":

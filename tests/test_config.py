@@ -77,6 +77,14 @@ MISTAKES = [
     (lambda c: c.objectives.contrastive.__setattr__("kind", "sigmod"), 'did you mean "sigmoid"?'),
     (lambda c: c.objectives.contrastive.__setattr__("chunk", -1), "config.objectives.contrastive.chunk: -1 is less"),
     (lambda c: c.model.encoders.image.__setattr__("token_drop", 1.0), "image.token_drop: 1.0 is not in [0, 1)"),
+    (
+        lambda c: (
+            c.model.encoders.text.__setattr__("mask_padding", False),
+            c.model.__setattr__("fusion", configs.fusion(depth=1, pooling="eos")),
+            c.objectives.__setattr__("matching", configs.objective(kind="matching")),
+        ),
+        "model.fusion.pooling: eos needs encoders.text.mask_padding",
+    ),
     (lambda c: add_audio(c, hop=0), "model.encoders.audio.hop: 0 is less than 1"),
     (lambda c: add_audio(c, pooling="eos"), "model.encoders.audio.pooling: a recording has no end token"),
     (lambda c: add_audio(c, mel=80), 'unknown key config.model.encoders.audio.mel; did you mean "mels"?'),

@@ -1,6 +1,7 @@
 """Embedding a data set: `python -m mmjax.embed`."""
 
 import json
+import os
 import signal
 import time
 
@@ -9,10 +10,11 @@ import pyarrow.parquet as parquet
 import pytest
 from PIL import Image
 
-from mmjax import api
+from mmjax import api, embedding
 from mmjax.data.pipeline import decode_image
 from mmjax.data.sources import open_source
 from tests import programs
+from tests.interop import whispers
 
 ROWS, PARTS = 3944, 16  # all emoji, 256 in a part
 
@@ -203,6 +205,20 @@ def test_wrong_flags_are_told_in_one_line(flag, message, tmp_path, openmoji_fold
     code, output = programs.run("embed", *arguments(tmp_path / "none", tmp_path / "out", flag))
     assert code == 2 and message in output and len(output.strip().splitlines()) == 1, output
     assert not (tmp_path / "out").exists()
+
+
+def test_names_that_are_no_utf8_are_escaped(tmp_path):
+    store = embedding.Store(tmp_path / "out", {"format": "parquet", "rows": 1, "part_rows": 1})
+    key = os.fsdecode(b"caf\xe9.png")
+    store.write(0, [embedding.Row(key, None, f"{key}: no image", ())], {"image": np.zeros((1, 4), np.float32)})
+    found = parquet.read_table(store.path(0))
+    assert found["key"].to_pylist() == ["caf\\udce9.png"] and found["error"].to_pylist() == ["caf\\udce9.png: no image"]
+
+
+def test_a_model_of_neither_images_nor_texts_is_refused(tmp_path, openmoji_folder):
+    model = whispers.write(tmp_path / "whisper", False)
+    code, output = programs.run("embed", *arguments(model, tmp_path / "out"))
+    assert code == 2 and "it embeds neither images nor texts" in output, output
 
 
 @pytest.mark.slow

@@ -287,13 +287,19 @@ class AudioEncoder(nn.Module):
         self.pool = _pool(config, self.dtype)
 
     def __call__(
-        self, audio: Float[Array, "batch samples"], rng: Key[Array, " batch"] | None = None
+        self,
+        audio: Float[Array, "batch samples"],
+        rng: Key[Array, " batch"] | None = None,
+        pooled_only: bool = False,
     ) -> tuple[Float[Array, "batch tokens embed"], None]:
-        """The tokens, and None: all of them are valid, those of silence at the end too."""
+        """The tokens, and None: all of them are valid, those of silence at the end too. With `pooled_only` there is one
+        token, that which is pooled.
+        """
         x = self.embed(audio)
         if rng is not None and self.config["token_drop"]:
             x = drop_tokens(x, rng, self.config["token_drop"])
-        return self.transformer(x), None
+        read = place(self.config["pooling"], x.shape[1], x.shape[0], None) if pooled_only else None
+        return self.transformer(x, read=read), None
 
 
 ENCODERS = {"image": ImageEncoder, "text": TextEncoder, "audio": AudioEncoder}

@@ -65,9 +65,12 @@ def taken_over(config: ConfigDict, shapes: PyTree, mesh: Mesh) -> Taken:
 
 def tokenizer_of(config: ConfigDict) -> Tokenizer | None:
     """The tokenizer of the model that the token embeddings are taken from; None where they are not taken."""
+    parts = parts_of(config)
+    reads_ids = "decoder" in parts and config.model.decoder.reads == "embedding"
+    tables = [f"{name}/embed/token_embed/embedding" for name in ("text", *["decoder"] * reads_ids) if name in parts]
     for name, entry in config.init_from.items():
-        takes_text = not entry.parts or "text/embed/token_embed".startswith(tuple(entry.parts))
-        if entry.source and takes_text and "text" in parts_of(config):
+        wanted = [table for table in tables if not entry.parts or table.startswith(tuple(entry.parts))]
+        if entry.source and any(not table.startswith(tuple(entry.allow)) for table in wanted):
             try:
                 return api.load_tokenizer(entry.source, entry.step or None, entry.revision or None)
             except UserError as error:

@@ -40,6 +40,18 @@ def test_a_token_is_two_frames(mesh, fields, tokens):
     assert found[0].shape == (1, tokens, SIZE["width"]) and found[1] is None
 
 
+@pytest.mark.parametrize("pooling", ["last", "cls"])
+def test_where_one_token_is_pooled_the_last_layer_computes_no_other(mesh, pooling):
+    config = configs.default()
+    config.model.encoders, config.model.parts = {"audio": tower(pooling=pooling).config}, ("audio",)
+    module = MultimodalModel(FrozenDict(config.model.to_dict()), parts=("audio",))
+    variables = module.init(KEY, "audio", samples(), method="encode")
+    found = module.apply(variables, "audio", samples(), method="features")
+    expected = module.apply(variables, "audio", samples(), method="encode")
+    np.testing.assert_allclose(found["embedding"], expected["embedding"], atol=1e-5)
+    assert module.apply(variables, "audio", samples(), method="tokens", pooled_only=True)[0].shape == (2, 1, 16)
+
+
 def test_the_parameters_are_those_of_whisper(mesh):
     """Whisper tiny: 7,632,384 parameters in transformers' encoder without its fixed positions; keys have no bias."""
     config = configs.audio_encoder(width=384, depth=4, heads=6, mlp_dim=1536, key_bias=False)

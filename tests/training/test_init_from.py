@@ -11,7 +11,7 @@ from mmjax import config as configs
 from mmjax.errors import UserError
 from mmjax.models import position
 from mmjax.sharding.rules import path_name
-from mmjax.training import setup
+from mmjax.training import init_from, setup
 from mmjax.training.checkpoint import Checkpoints
 from tests import tiny
 from tests.interop import folders, image_towers
@@ -129,6 +129,18 @@ def test_what_is_allowed_to_differ_is_new(source, tmp_path, capsys):
     said = " ".join(capsys.readouterr().err.split())
     assert "init_from.run: 20 arrays" in said and "new here: text/pool/attention/key/bias, " in said
     assert "left there: image, image_projection, logit_bias, logit_scale, text_projection" in said
+
+
+def test_the_tokenizer_comes_with_the_embeddings_of_tokens(source, monkeypatch):
+    monkeypatch.setattr(init_from.api, "load_tokenizer", lambda *_: "theirs")
+    assert init_from.tokenizer_of(another(source)) == "theirs"
+    assert init_from.tokenizer_of(another(source, "image/")) is None
+    assert init_from.tokenizer_of(another(source, "text/embed/token_embed/")) == "theirs"
+    assert init_from.tokenizer_of(another(source, allow=("text/embed/token_embed",))) is None
+    captioner = another(source)
+    captioner.model.decoder = configs.decoder(depth=1)
+    captioner.objectives = {"captioning": configs.objective(kind="captioning")}
+    assert init_from.tokenizer_of(captioner) == "theirs"
 
 
 def test_positions_follow_the_resolution_and_the_length(source, tmp_path, capsys):
