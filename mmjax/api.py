@@ -104,7 +104,10 @@ def load_config(source: str | Path, revision: str | None = None) -> ConfigDict:
         return pretrained.load_config(source, revision)
     path = _run_and_step(source)[0] / "config.json"
     try:
-        return completed(from_plain(json.loads(path.read_text())))
+        plain = json.loads(path.read_text())
+        if not isinstance(plain, dict):
+            raise ValueError("it holds no settings")
+        return completed(from_plain(plain))
     except OSError as error:
         raise UserError(f"{source} is no workdir of a run: cannot read {path}: {error.strerror}") from error
     except ValueError as error:
@@ -132,6 +135,6 @@ def _tokenizer_of(checkpoints: checkpoint.Checkpoints, step: int) -> tokenizers.
 
 
 def _run_and_step(path: str | Path) -> tuple[Path, int | None]:
-    path = Path(path)
+    path = Path(path).expanduser()
     is_checkpoint = path.parent.name == "checkpoints" and path.name.isdigit() and not (path / "config.json").exists()
     return (path.parent.parent, int(path.name)) if is_checkpoint else (path, None)

@@ -391,8 +391,9 @@ class Model:
             ids = np.pad(ids, ((0, 0), (0, max(0, room - ids.shape[1]))))[:, :room]
         return ids, lengths.astype(np.int32)
 
-    def classify(self, images: Sequence[Any], top_k: int = 5) -> list[list[tuple[str, float]]]:
-        """The most probable classes of each image, with their probabilities (of all classes they add up to 1).
+    def classify(self, images: Any, top_k: int = 5) -> list[tuple[str, float]] | list[list[tuple[str, float]]]:
+        """The most probable classes of each image, or of one, with their probabilities (of all classes they add up to
+        1).
 
         Args:
           images: as in `encode_image`.
@@ -401,6 +402,8 @@ class Model:
         Raises:
           UserError: the model has no classifier; otherwise as `encode_image`.
         """
+        if image_ops.is_one(images):
+            return self.classify([images], top_k)[0]
         labels, found = self.config.model.classifier.get("labels", ()), []
         for logits in self.classify_rows(len(images), self._loader(images)):
             exponents = np.exp(logits - logits.max())
@@ -418,12 +421,12 @@ class Model:
         return np.concatenate([*parts, *self.batches(run, count, {"inputs": load_images}, batch_size)])
 
     def predict_image_tokens(
-        self, images: Sequence[Any], masked: Bool[np.ndarray, "images patches"], batch_size: int = 32
+        self, images: Any, masked: Bool[np.ndarray, "images patches"], batch_size: int = 32
     ) -> Float[np.ndarray, "images patches vocab"]:
         """The logits of the visual token (BEiT's, of a codebook) at each patch: float32.
 
         Args:
-          images: as in `encode_image`.
+          images: as in `encode_image`; one is as several.
           masked: True for the patches, row by row, that are hidden from the model.
           batch_size: how many images at a time.
 
@@ -431,6 +434,7 @@ class Model:
           UserError: the model was not trained to, `masked` has another shape; otherwise as `encode_image`.
         """
         self.needs("image_tokens", "predict the visual tokens of images")
+        images = [images] if image_ops.is_one(images) else images
         encoder = self.config.model.encoders.image
         masked, shape = np.asarray(masked, bool), (len(images), patch_count(encoder))
         if masked.shape != shape:

@@ -113,6 +113,8 @@ def pixels_of(image: Any) -> Pixels:
     if isinstance(image, str | Path):
         return load_file(str(image))
     if isinstance(image, Image.Image):
+        if image.mode.startswith(("I", "F")):
+            return _to_8_bits(image)
         rgba = image.convert("RGBA")
         return np.asarray(Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB"))
     pixels = np.asarray(image)

@@ -37,7 +37,7 @@ def to_config(theirs: Json, files: Mapping[str, Json]) -> ConfigDict:
       UserError: it is no such model, or one with a part that models here have not.
     """
     theirs = _DEFAULT | dict(theirs)
-    kind = theirs.get("architectures", ["BeitModel"])[0]
+    kind = (theirs.get("architectures") or ["BeitModel"])[0]
     image_tower.check(theirs, num_channels=3)
     if is_in("decode_head.classifier.weight", files, kind == "BeitForSemanticSegmentation"):
         raise UserError("BeitForSemanticSegmentation labels pixels, and no model here does")

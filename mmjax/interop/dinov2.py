@@ -37,7 +37,7 @@ def to_config(theirs: Json, files: Mapping[str, Json]) -> ConfigDict:
       UserError: it is no such model, or one with a part that models here have not.
     """
     theirs = _DEFAULT | dict(theirs)
-    kind = theirs.get("architectures", ["Dinov2Model"])[0]
+    kind = (theirs.get("architectures") or ["Dinov2Model"])[0]
     image_tower.check(theirs, qkv_bias=True, num_channels=3)
     classifies = is_in("classifier.weight", files, kind == "Dinov2ForImageClassification")
     mlp_dim = _mlp_dim(theirs["hidden_size"], theirs["mlp_ratio"], theirs["use_swiglu_ffn"])

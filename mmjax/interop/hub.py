@@ -68,7 +68,7 @@ def weights(names: Collection[str], source: str, allow_pickle: bool, first: str 
     if not allow_pickle:
         raise UserError(
             f"{source} has its weights only as a pickle, {(pickles or parts)[0]}, and a pickle can run code: "
-            "convert it to safetensors, or pass --allow-pickle"
+            "convert it with `python -m mmjax.convert --allow_pickle FROM TO`, or load it with allow_pickle=True"
         )
     if not pickles:
         raise UserError(f"{source} has its weights as pickles in several files, {parts[0]}, ...: convert them first")

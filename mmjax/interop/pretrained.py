@@ -58,8 +58,11 @@ def load(
     tensors = _tensors_of(folder, allow_pickle)
     family, config = _config_of(folder, {TENSORS: tensors.names()})
     check_divides(config.model, mesh.shape["fsdp"], mesh.shape["tensor"])
-    rows = family.table(config)
-    shapes = shapes_of(config, mesh)
+    try:
+        rows, shapes = family.table(config), shapes_of(config, mesh)
+    except (TypeError, ValueError, ArithmeticError) as error:
+        sizes = f"{folder.name}: the sizes in {family.settings} do not fit each other"
+        raise UserError(f"{sizes}: {one_line(error)}") from error
     table.check(rows, shapes, tensors, folder.name, family.name)
     finish = partial(quantized_parameter, weights=weights)
     params = table.read(rows, tensors, shapes, parameter_shardings(shapes, mesh), folder.name, finish)
@@ -82,11 +85,15 @@ def is_folder(path: Path) -> bool:
     """Whether a pretrained model lies there, and not a run, whose config.json has objectives."""
     try:
         found = json.loads((path / "config.json").read_text())
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     except OSError:
         found = {}
-    return "objectives" not in found and any((path / family.settings).is_file() for family in FAMILIES.values())
+    return (
+        isinstance(found, dict)
+        and "objectives" not in found
+        and any((path / family.settings).is_file() for family in FAMILIES.values())
+    )
 
 
 def could_be_elsewhere(source: str | Path) -> bool:
@@ -104,7 +111,7 @@ def _config_of(folder: store.Folder, tensors: Mapping[str, Json] | None = None) 
         return family, family.to_config(theirs, _files_of(folder) | (tensors or {}))
     except UserError as error:
         raise UserError(f"{folder.name}: {error}") from None
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise UserError(f"{folder.name}: {family.settings} is no {family.name} model's: {one_line(error)}") from error
 
 

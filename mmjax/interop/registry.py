@@ -49,8 +49,8 @@ def family_of(folder: Folder) -> tuple[Family, dict[str, Any]]:
     """
     own = folder.read_json("config.json", optional=folder.has(open_clip.FAMILY.settings))
     kind = own.get("model_type")
-    if folder.has(open_clip.FAMILY.settings) and not (kind in FAMILIES and any(map(folder.has, _WEIGHTS))):
+    if folder.has(open_clip.FAMILY.settings) and not (str(kind) in FAMILIES and any(map(folder.has, _WEIGHTS))):
         return open_clip.FAMILY, folder.read_json(open_clip.FAMILY.settings)
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise UserError(f"{folder.name}: config.json is of a {kind!r} model; {suggest(str(kind), FAMILIES)}")
     return FAMILIES[kind], own

@@ -39,6 +39,11 @@ def contents(tokenizer: Tokenizer, length: int, family: str) -> dict[str, bytes]
     if isinstance(tokenizer, SentencePieceTokenizer):
         settings |= _of_sentencepiece(tokenizer, saved["offset"])
         return {"spiece.model": base64.b64decode(saved["data"]), "tokenizer_config.json": _json(settings)}
+    if family != "open_clip" and saved["layout"]["clean"].startswith("open_clip"):
+        raise UserError(
+            "open_clip cleans this model's texts before it cuts them into tokens, and transformers would not: write it "
+            "with --family=open_clip"
+        )
     definition = saved["data"]
     vocabulary = definition["model"]["vocab"]
     added = {token["id"]: token["content"] for token in definition.get("added_tokens", ())}

@@ -37,7 +37,7 @@ def to_config(theirs: Json, files: Mapping[str, Json]) -> ConfigDict:
       UserError: it is no such model, or one with a part that models here have not.
     """
     theirs = DEFAULT | dict(theirs)
-    kind = theirs.get("architectures", ["ViTModel"])[0]
+    kind = (theirs.get("architectures") or ["ViTModel"])[0]
     image_tower.check(theirs, qkv_bias=True, num_channels=3, pooler_act="tanh")
     if theirs.get("pooler_output_size") is not None:
         image_tower.check(theirs, pooler_output_size=theirs["hidden_size"])

@@ -223,7 +223,7 @@ def table(config: ConfigDict) -> Table:
         *_stack("decoder/transformer", decoder, cross=True),
     ]
     fixed = {"logit_scale": float(np.log(config.model.logit_scale)), "logit_bias": config.model.logit_bias}
-    return Table(tuple(rows), fixed, (r"proj_out\.weight",))
+    return Table(tuple(rows), fixed, tied={"proj_out.weight": f"{decoder}.embed_tokens.weight"})
 
 
 FAMILY = Family("whisper", to_config, to_theirs, table, files)

@@ -280,3 +280,10 @@ def test_the_centre_of_a_long_strip_costs_no_more_than_itself():
 
 def test_mirror():
     np.testing.assert_array_equal(image.mirror(PHOTO)[:, 0], PHOTO[:, -1])
+
+
+def test_a_grey_picture_of_16_bits_is_the_same_as_its_file(tmp_path):
+    picture = Image.fromarray(np.arange(0, 60_000, 1_000, np.uint16).reshape(6, 10))
+    picture.save(tmp_path / "grey.png")
+    np.testing.assert_array_equal(image.pixels_of(picture), image.pixels_of(tmp_path / "grey.png"))
+    assert np.ptp(image.pixels_of(picture)) > 200

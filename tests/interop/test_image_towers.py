@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from mmjax import api, explain
 from mmjax.errors import UserError
@@ -54,6 +55,8 @@ def test_classes_are_named_by_their_probability(tmp_path):
         assert [label for label, _ in best] == [f"class {index}" for index in order]
         np.testing.assert_allclose([probability for _, probability in best], probabilities[order], rtol=1e-5)
     assert len(model.classify(images[:1], top_k=99)[0]) == 5 and model.classify([]) == []
+    one = model.classify(Image.fromarray(images[0]), top_k=2)
+    assert [label for label, _ in one] == [label for label, _ in found[0]]
 
 
 def test_what_a_model_has_not_is_refused(tmp_path):
@@ -112,6 +115,23 @@ MISTAKES = [
 def test_what_is_no_such_model_is_named(family, settings, message, tmp_path):
     with pytest.raises(UserError, match=message):
         folders.write(tmp_path, family, settings)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(5, None, [], {"model_type": ["vit"]}, {"model_type": {}}),
+        *({"num_attention_heads": 3}, {"patch_size": 64}, {"hidden_size": -16}, {"num_hidden_layers": "2"}),
+        {"layer_norm_eps": "1e-6"},
+    ],
+    ids=str,
+)
+def test_a_spoiled_config_is_told_in_one_line(content, tmp_path):
+    path = folders.write(tmp_path / "model", "vit", TOWER) / "config.json"
+    path.write_text(json.dumps(TOWER | content if isinstance(content, dict) and content else content))
+    with pytest.raises(UserError) as error:
+        api.load(tmp_path / "model")
+    assert "\n" not in str(error.value)
 
 
 def test_a_pooler_is_known_by_its_tensors(tmp_path):

@@ -269,6 +269,8 @@ def test_an_exported_vocabulary_reads_the_same(tmp_path, monkeypatch):
     np.testing.assert_array_equal(again.tokenizer.encode(texts, 16), model.tokenizer.encode(texts, 16))
     settings = json.loads((tmp_path / "out" / "open_clip_config.json").read_text())
     assert "hf_tokenizer_name" not in settings["model_cfg"]["text_cfg"]
+    with pytest.raises(UserError, match="transformers would not: write it with --family=open_clip"):
+        pretrained.save(tmp_path / "clip", model.config, model.params, model.tokenizer, "clip")
 
 
 def words(path, special=("<pad>", "</s>")):

@@ -155,7 +155,7 @@ def test_pickles_are_refused(tmp_path, name):
     folder = store.Folder(tmp_path, "here")
     for other in (name, "training_args.bin", "optimizer.pt"):
         (tmp_path / other).write_bytes(b"anything")
-    with pytest.raises(UserError, match=f"here has its weights only as a pickle, {name}.*can run code.*--allow-pickle"):
+    with pytest.raises(UserError, match=f"here has its weights only as a pickle, {name}.*can run code.*--allow_pickle"):
         store.open_tensors(folder)
     (tmp_path / name).unlink()
     with pytest.raises(UserError, match="here has no weights"):

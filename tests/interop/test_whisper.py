@@ -10,7 +10,7 @@ import pytest
 from mmjax import api, convert
 from mmjax.config import flatten
 from mmjax.errors import UserError
-from mmjax.interop import pretrained, whisper
+from mmjax.interop import pretrained, store, whisper
 from mmjax.models.multimodal import Text, audio_samples
 from mmjax.sharding.mesh import make_mesh
 from tests.data.test_audio import encoded
@@ -249,6 +249,16 @@ def refused(folder, message, **changes):
 )
 def test_settings_that_do_not_fit_are_refused(tmp_path, file, content, message):
     refused(whispers.write(tmp_path / "changed"), message, **{file: content})
+
+
+def test_a_head_that_is_not_the_embeddings_is_refused(tmp_path):
+    folder = whispers.write(tmp_path / "model")
+    tensors = folders.tensors_of(folder)
+    embeddings = tensors["model.decoder.embed_tokens.weight"]
+    store.save_tensors(folder / "model.safetensors", tensors | {"proj_out.weight": embeddings})
+    api.load(folder, mesh=SINGLE)
+    store.save_tensors(folder / "model.safetensors", tensors | {"proj_out.weight": embeddings + 1})
+    refused(folder, "proj_out.weight")
 
 
 def test_old_folders_have_their_prompt_in_config_json():
