@@ -114,8 +114,7 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, dict]]:
 
 def start(system: str) -> subprocess.Popen:
     """The process of a system."""
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    environment = report.own_environment(ROOT)
     command = [sys.executable, __file__, f"--only={system}", *sys.argv[1:]]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
 

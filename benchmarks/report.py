@@ -47,6 +47,12 @@ def installed(packages: Iterable[str], remedy: str) -> bool:
     return not missing
 
 
+def own_environment(root: Path) -> dict[str, str]:
+    """The environment of another process of a benchmark, which finds the package where this one does."""
+    paths = [str(root), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+
+
 def print_table(metrics: Mapping[str, float], title: str | None = None) -> None:
     """Prints one row for each metric, in the given order; a line where the part before the "/" changes."""
     table = Table("metric", title=title)

@@ -45,13 +45,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import report
+from inference import NEEDED, import_torch
 
 ROOT = Path(__file__).resolve().parent.parent
-NEEDED = {
-    "open_clip": ("torch", "torchvision", "timm", "open_clip"),
-    "transformers": ("torch", "torchvision", "transformers"),
-}
-NEEDED |= {f"{name}_compiled": packages for name, packages in NEEDED.items()}
 LEARNING_RATE, WEIGHT_DECAY, BETAS, CLIP_NORM = 1e-4, 0.1, (0.9, 0.95), 1.0
 WARM_STEPS = 2
 
@@ -163,9 +159,7 @@ def run(arguments: argparse.Namespace, system: str, model: str, batch: int) -> F
     """What one process measured; None where it failed, for want of memory say (its message is shown)."""
     command = [sys.executable, __file__, f"--only={system}", f"--models={model}", f"--batch={batch}", "--peers="]
     command += [f"--{name}={getattr(arguments, name)}" for name in ("steps", "unroll", "remat")]
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, env=report.own_environment(ROOT))
     if done.returncode:
         print(f"{system}, {model}, {batch}: {(done.stderr.strip().splitlines() or ['?'])[-1]}", file=sys.stderr)
         return None
@@ -382,18 +376,6 @@ def make_transformers(
         return run(input_ids=ids, pixel_values=pixels, return_loss=True).loss
 
     return torch_step(torch, built, loss, sizes, arguments, compiled, before)
-
-
-def import_torch():
-    """PyTorch, beside a torchvision that can be imported."""
-    from quickstart import import_torchvision
-
-    import_torchvision()
-    import torch
-
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
-    torch.manual_seed(0)
-    return torch
 
 
 def torch_step(

@@ -60,6 +60,8 @@ def load(
     check_divides(config.model, mesh.shape["fsdp"], mesh.shape["tensor"])
     try:
         rows, shapes = family.table(config), shapes_of(config, mesh)
+    except UserError:
+        raise
     except (TypeError, ValueError, ArithmeticError) as error:
         sizes = f"{folder.name}: the sizes in {family.settings} do not fit each other"
         raise UserError(f"{sizes}: {one_line(error)}") from error

@@ -376,7 +376,7 @@ class MultimodalModel(nn.Module):
         """`embed` of the tokens; where one of them is pooled, the last layer computes no other. For inference."""
         encoder = self.config["encoders"][modality]
         alone = encoder["pooling"] in ONE_TOKEN and not encoder.get("queries") and not encoder.get("max_patches")
-        return self.embed(modality, *self.tokens(modality, inputs, **({"pooled_only": True} if alone else {})))
+        return self.embed(modality, *self.tokens(modality, inputs, pooled_only=alone))
 
     def tokens(
         self, modality: str, inputs: Array, rng: Key[Array, " batch"] | None = None, **options: Array
