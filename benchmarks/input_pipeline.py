@@ -176,20 +176,10 @@ def measure(pipeline: Callable, arguments: argparse.Namespace) -> dict[str, floa
         warmup += 1
     if images.shape != (BATCH_SIZE, SIZE, SIZE, 3) or str(images.dtype).removeprefix("torch.") != "uint8":
         sys.exit(f"error: a batch of images is {images.dtype} {tuple(images.shape)}")
-    began, processor_began, count = time.perf_counter(), processor_seconds(), 0
+    began, processor_began, count = time.perf_counter(), report.processor_seconds(os.getpid()), 0
     while (seconds := time.perf_counter() - began) < arguments.seconds:
         count += len(next(batches))
-    return {"": count / seconds, COST: 1000 * (processor_seconds() - processor_began) / count}
-
-
-def processor_seconds() -> float:
-    """What this process and its running workers have used of the processors so far; of this process alone off Linux."""
-    total = time.process_time()
-    for path in Path("/proc/self/task").glob("*/children"):
-        for child in path.read_text().split():
-            after_name = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()
-            total += (int(after_name[11]) + int(after_name[12])) / os.sysconf("SC_CLK_TCK")
-    return total
+    return {"": count / seconds, COST: 1000 * (report.processor_seconds(os.getpid()) - processor_began) / count}
 
 
 def write_files(folder: Path, name: str, photos: str | None) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
-import report
 
 # Kind -> what is found in "the instruction, its kernel, the place in the model that it comes from"; the first counts.
 KINDS = {
@@ -20,8 +19,8 @@ KINDS = {
 INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.-]+) = .*?(?:op_name=\"([^\"]*)\")?[^\"]*$")
 
 
-def show(step: Callable[[], None], program: str, steps: int, folder: Path) -> None:
-    """Traces so many steps into a folder, and prints milliseconds a step and shares.
+def traced(step: Callable[[], None], program: str, steps: int, folder: Path) -> dict[str, float]:
+    """Traces so many steps into a folder; returns milliseconds of a step, and shares, by kind.
 
     On a GPU it is the time of its kernels, and "idle" what is left of the step. On a CPU it is that of all threads;
     what waits for products in other threads is not counted, so shares are those of what is known.
@@ -44,8 +43,7 @@ def show(step: Callable[[], None], program: str, steps: int, folder: Path) -> No
         metrics[f"{kind}/share"] = seconds / steps / (wall if on_gpu else total)
     if on_gpu:
         metrics |= {"idle/milliseconds": 1e3 * (wall - total), "idle/share": (wall - total) / wall}
-    metrics["step/milliseconds"] = 1e3 * wall
-    report.print_table(metrics, f"{folder}: open it with TensorBoard or Perfetto")
+    return metrics | {"step/milliseconds": 1e3 * wall}
 
 
 def origins(program: str) -> dict[str, str]:

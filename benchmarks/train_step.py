@@ -302,7 +302,8 @@ def make_mmjax(model: str, arguments: argparse.Namespace, compiled: bool) -> tup
         import trace_table
 
         step()
-        trace_table.show(step, program[0].as_text(), arguments.steps, Path(arguments.profile))
+        found = trace_table.traced(step, program[0].as_text(), arguments.steps, Path(arguments.profile))
+        report.print_table(found, f"{arguments.profile}: open it with TensorBoard or Perfetto")
         sys.exit()
     return step, more
 

@@ -7,6 +7,7 @@ import runpy
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 
 from absl import flags
@@ -39,6 +40,8 @@ def run(
     debug = "--debug" in argv
     absl_logging.set_verbosity(absl_logging.INFO if debug else absl_logging.FATAL)
     logging.getLogger("jax").setLevel(logging.INFO if debug else logging.ERROR)
+    if not debug:
+        warnings.formatwarning = lambda message, *where: f"warning: {message}\n"
     try:
         if {"--help", "-h", "-help"} & set(argv):
             print(f"{description.strip()}\n\nflags:\n{_flag_help()}")

@@ -39,7 +39,8 @@ def configure_jax() -> None:
     if jax.config.jax_compilation_cache_dir:
         return
     jax.config.update("jax_compilation_cache_dir", str(cache_root() / "compiled"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+    # What compiles in a second by itself may take two on a busy machine, and many small programs add up.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 def _computes_on_cpu() -> bool:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import warnings
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,8 @@ from mmjax.quantization import quantized_parameter
 from mmjax.sharding.rules import parameter_shardings
 from mmjax.validation import check_divides
 
+_PROCESSOR = "preprocessor_config.json"
+
 
 class Pretrained(NamedTuple):
     """A model as it comes from its folder; there need be no tokenizer, to encode ids with."""
@@ -43,6 +46,8 @@ def load(
     weights: str = "float32",
 ) -> Pretrained:
     """Loads a model of a family that is known.
+
+    It warns where the folder does not say how images or recordings are prepared, as a part of one in the hub's cache.
 
     Args:
       source: a folder, a name on the hub, or a remote folder: see `store.find`.
@@ -109,19 +114,24 @@ def _tensors_of(folder: store.Folder, allow_pickle: bool = False) -> store.Tenso
 
 def _config_of(folder: store.Folder, tensors: Mapping[str, Json] | None = None) -> tuple[Family, ConfigDict]:
     family, theirs = family_of(folder)
+    files = _files_of(folder)
     try:
-        return family, family.to_config(theirs, _files_of(folder) | (tensors or {}))
+        config = family.to_config(theirs, files | (tensors or {}))
     except UserError as error:
         raise UserError(f"{folder.name}: {error}") from None
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise UserError(f"{folder.name}: {family.settings} is no {family.name} model's: {one_line(error)}") from error
+    if not files[_PROCESSOR] and _PROCESSOR in family.files(config):
+        guess = f"what it encodes is prepared as for most models of the family {family.name}"
+        warnings.warn(f"{folder.name} has no {_PROCESSOR}: {guess}", stacklevel=2)
+    return family, config
 
 
 def _files_of(folder: store.Folder) -> dict[str, Json]:
     """The files that families read. What a processor saves by itself, transformers 5 saves inside the file of all."""
     files = {name: folder.read_json(name, optional=True, kind=kind) for name, kind in FILES.items()}
     inside = (files["processor_config.json"].get(name) for name in ("image_processor", "feature_extractor"))
-    files["preprocessor_config.json"] = next(filter(None, inside), files["preprocessor_config.json"])
+    files[_PROCESSOR] = next(filter(None, inside), files[_PROCESSOR])
     return files
 
 

@@ -48,3 +48,14 @@ def test_the_old_end_token_is_the_last_of_the_vocabulary(tmp_path):
 def test_an_activation_that_is_unknown_is_named(tmp_path):
     with pytest.raises(UserError, match="hidden_act 'relu' is none of quick_gelu, gelu"):
         folders.write(tmp_path, "clip", settings_with("relu"))
+
+
+def test_a_folder_that_does_not_say_how_images_are_prepared_is_warned_of(tmp_path, recwarn):
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    processor = {"image_mean": [0.5] * 3, "image_std": [0.25] * 3, "size": {"shortest_edge": 8}, "crop_size": 8}
+    folders.write(whole, "clip", settings_with("gelu"), preprocessor_config=processor)
+    assert api.load(whole).config.model.encoders.image.mean == (0.5, 0.5, 0.5)
+    assert not [each for each in recwarn if "preprocessor_config" in str(each.message)]
+    folders.write(part, "clip", settings_with("gelu"))
+    with pytest.warns(UserWarning, match="part has no preprocessor_config.json: what it encodes is prepared as for mo"):
+        assert api.load(part).config.model.encoders.image.mean != (0.5, 0.5, 0.5)
