@@ -16,7 +16,7 @@ KINDS = {
     "normalisation": r"norm",
     "copies": r"copy|memcpy|memset|transpose|slice|concatenate|bitcast",
 }
-INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.-]+) = .*?(?:op_name=\"([^\"]*)\")?[^\"]*$")
+INSTRUCTION, PLACE = re.compile(r"^\s*(?:ROOT )?%?([\w.-]+) = "), re.compile(r'op_name="([^"]*)"')
 
 
 def traced(step: Callable[[], None], program: str, steps: int, folder: Path) -> dict[str, float]:
@@ -47,9 +47,13 @@ def traced(step: Callable[[], None], program: str, steps: int, folder: Path) -> 
 
 
 def origins(program: str) -> dict[str, str]:
-    """Instruction -> the place in the model that it comes from."""
-    found = (INSTRUCTION.match(line) for line in program.splitlines())
-    return {match[1]: match[2] for match in found if match and match[2]}
+    """Instruction -> the place in the model that it comes from, "" where the compiler does not say."""
+    places: dict[str, str] = {}
+    for line in program.splitlines():
+        if instruction := INSTRUCTION.match(line):
+            place = PLACE.search(line)
+            places[instruction[1]] = place[1] if place else ""
+    return places
 
 
 def times(folder: Path, places: dict[str, str]) -> Counter[str]:

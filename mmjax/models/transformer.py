@@ -1,6 +1,5 @@
 """The Transformer: MLP, block, and the scanned stack of blocks."""
 
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -9,6 +8,7 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from mmjax.models.attention import ATTENTION, SHIFT, Attention
+from mmjax.models.dense import product
 from mmjax.models.position import Relative, RelativePosition
 from mmjax.sharding.rules import constrain
 
@@ -21,7 +21,7 @@ REMAT_POLICIES = {
 }
 ACTIVATIONS = {
     "gelu_tanh": nn.gelu,
-    "gelu": partial(nn.gelu, approximate=False),
+    "gelu": lambda x: x * (0.5 + 0.5 * jax.lax.erf(x * 0.5**0.5)),  # nn.gelu's erfc takes an exponential more
     "silu": nn.silu,
     "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),  # of CLIP's first models
 }
@@ -51,8 +51,12 @@ PRE_NORM = Style()
 
 
 def layer_norm(name: str, dtype: jnp.dtype, style: Style = PRE_NORM) -> nn.LayerNorm:
-    """The layer normalisation that every part of the model uses."""
-    return nn.LayerNorm(epsilon=style.epsilon, dtype=dtype, name=name)
+    """The layer normalisation that every part of the model uses.
+
+    For the backward pass it saves its sums; its four products of the size of its input are computed again.
+    """
+    saved = nn.remat(nn.LayerNorm, policy=lambda primitive, *_, **__: primitive.name in ("reduce_sum", "rsqrt"))
+    return saved(epsilon=style.epsilon, dtype=dtype, name=name)
 
 
 class Mlp(nn.Module):
@@ -70,14 +74,16 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "batch tokens embed"]) -> Float[Array, "batch tokens embed"]:
         init = {"kernel_init": nn.initializers.xavier_uniform(), "bias_init": nn.initializers.normal(1e-6)}
+        options = {"dtype": self.dtype, "dot_general": product, **init}
 
         def widened(name: str) -> Float[Array, "batch tokens mlp"]:
-            hidden = nn.Dense(self.mlp_dim, dtype=self.dtype, name=name, **init)(x)
+            hidden = nn.Dense(self.mlp_dim, name=name, **options)(x)
             return constrain(hidden, "batch", "sequence", "mlp")
 
-        activate, hidden = ACTIVATIONS[self.activation], widened("up")
+        # The backward pass computes it again: what it would save instead is several times its input.
+        activate, hidden = jax.checkpoint(ACTIVATIONS[self.activation]), widened("up")
         hidden = activate(widened("gate")) * hidden if self.gated else activate(hidden)
-        out = nn.Dense(x.shape[-1], dtype=self.dtype, name="down", **init)(hidden)
+        out = nn.Dense(x.shape[-1], name="down", **options)(hidden)
         return constrain(out, "batch", "sequence", "embed")
 
 
