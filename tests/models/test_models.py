@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from mmjax import config as configs
 from mmjax.building import init_params, make_module
 from mmjax.errors import UserError
-from mmjax.models import attention, flops, position, variants
+from mmjax.models import attention, dense, flops, position, variants
 from mmjax.models.attention import ATTENTION, Attention
 from mmjax.models.multimodal import ImageEncoder, MultimodalModel, tower_size
 from mmjax.models.outputs import Outputs
 from mmjax.models.patch import PatchEmbed
 from mmjax.models.pooling import QUERY_NORMS, Pool, Queries
-from mmjax.models.transformer import Transformer
+from mmjax.models.transformer import Block, Style, Transformer
 from mmjax.objectives import captioning, contrastive
 from mmjax.validation import validate
 from tests import tiny
@@ -179,6 +179,35 @@ def test_scan_unroll_and_rematerialisation_change_neither_value_nor_gradient(mes
         other_value, other_gradient = value_and_gradient(Transformer(3, 2, 32, **settings_))
         np.testing.assert_allclose(other_value, value, rtol=1e-5)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), other_gradient, gradient)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "quick_gelu"])
+def test_a_block_saves_two_arrays_of_its_mlp_one_of_its_weights_and_ten_of_its_input(mesh, activation):
+    """Flax's normalisation alone would save four of its input, and GELU three or four of the MLP's."""
+    rows, tokens, width, heads, mlp_dim = 2, 64, 16, 2, 64
+    module, x = Block(heads, mlp_dim, style=Style(activation=activation)), jnp.zeros((rows, tokens, width))
+    params = module.init(KEY, x)
+    saved = jax.eval_shape(lambda params, x: jax.vjp(lambda *each: module.apply(*each)[0], params, x)[1], params, x)
+    inputs = sum(leaf.size for leaf in jax.tree.leaves(params))
+    expected = rows * tokens * (10 * width + 2 * mlp_dim + heads * tokens)
+    assert sum(leaf.size for leaf in jax.tree.leaves(saved)) < 1.05 * expected + inputs
+
+
+@pytest.mark.parametrize("outputs", [3, 16])
+def test_the_gradient_of_a_dense_layer_is_that_of_its_product(outputs):
+    x, kernel = jax.random.normal(KEY, (2, 5, 8)), jax.random.normal(KEY, (8, outputs))
+
+    def gradient(product):
+        how = (((2,), (0,)), ((), ()))
+        return jax.grad(lambda *each: (product(*each, how) ** 3).sum(), argnums=(0, 1))(x, kernel)
+
+    for ours, expected in zip(gradient(dense.product), gradient(jax.lax.dot_general), strict=True):
+        np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-4)
+    text = jax.jit(lambda *each: jax.vjp(lambda *each: dense.product(*each, None), *each)[1](each[0] @ each[1]))
+    narrower = text.lower(x, kernel).as_text().splitlines()
+    (of_kernel,) = [line for line in narrower if "dot_general" in line and "contracting_dims = [0, 1]" in line]
+    first = of_kernel.partition(": (")[2].partition(">")[0]
+    assert first == f"tensor<2x5x{min(8, outputs)}xf32"
 
 
 def test_full_rematerialisation_keeps_less(mesh):
