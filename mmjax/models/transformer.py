@@ -26,6 +26,8 @@ ACTIVATIONS = {
     "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),  # of CLIP's first models
 }
 NORMS = ("pre", "post")
+# For the backward pass it saves its sums, and computes again the four arrays of its input's size.
+_LayerNorm = nn.remat(nn.LayerNorm, policy=lambda primitive, *_, **__: primitive.name in ("reduce_sum", "rsqrt"))
 
 
 class Style(NamedTuple):
@@ -51,12 +53,8 @@ PRE_NORM = Style()
 
 
 def layer_norm(name: str, dtype: jnp.dtype, style: Style = PRE_NORM) -> nn.LayerNorm:
-    """The layer normalisation that every part of the model uses.
-
-    For the backward pass it saves its sums; its four products of the size of its input are computed again.
-    """
-    saved = nn.remat(nn.LayerNorm, policy=lambda primitive, *_, **__: primitive.name in ("reduce_sum", "rsqrt"))
-    return saved(epsilon=style.epsilon, dtype=dtype, name=name)
+    """The layer normalisation that every part of the model uses."""
+    return _LayerNorm(epsilon=style.epsilon, dtype=dtype, name=name)
 
 
 class Mlp(nn.Module):
