@@ -66,7 +66,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--peers", default="open_clip", help="comma-separated; empty for none")
     parser.add_argument("--json", help="also write the metrics to this file")
     arguments = parser.parse_args()
-    arguments.peers = report.chosen_peers(parser, arguments.peers, ("open_clip",))
+    arguments.peers = report.chosen(parser, "peer", arguments.peers, ("open_clip",))
     if arguments.largest < SIZES[0]:
         parser.error(f"--largest must be {SIZES[0]} or more")
     return arguments

@@ -69,10 +69,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--data", help="keep the data in this folder; what an earlier run left there is used again")
     parser.add_argument("--json", help="also write the metrics to this file")
     arguments = parser.parse_args()
-    arguments.models = [name for name in arguments.models.split(",") if name]
-    for name in arguments.models:
-        if name not in MODELS:
-            parser.error(f'unknown model "{name}"; known: {", ".join(MODELS)}')
+    arguments.models = report.chosen(parser, "model", arguments.models, MODELS)
     every = arguments.log_every
     if arguments.batch < 1 or every < 2 or arguments.steps % every or arguments.steps < 3 * every:
         parser.error("--batch must be 1 or more, --log-every 2 or more, --steps three times that, or four times, ...")

@@ -86,7 +86,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--json", help="also write the metrics to this file")
     parser.add_argument("--only", choices=("mmjax", *NEEDED), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    arguments.peers = report.chosen_peers(parser, arguments.peers, NEEDED)
+    arguments.peers = report.chosen(parser, "peer", arguments.peers, NEEDED)
     arguments.tasks = [task for task in TASKS if task in arguments.tasks.split(",")]
     if min(arguments.batch, arguments.rounds, arguments.starts) < 1 or not arguments.tasks:
         parser.error("--batch, --rounds and --starts must be 1 or more, --tasks some of " + ", ".join(TASKS))

@@ -129,7 +129,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--data", help="keep the data in this folder; what an earlier run left there is used again")
     parser.add_argument("--only", choices=PIPELINES, help="measure this in this process, with --data; prints JSON")
     arguments = parser.parse_args()
-    arguments.peers = report.chosen_peers(parser, arguments.peers, NEEDED)
+    arguments.peers = report.chosen(parser, "peer", arguments.peers, NEEDED)
     if arguments.repeats < 1 or arguments.seconds <= 0:
         parser.error("--repeats must be 1 or more, --seconds above 0")
     if arguments.only and not arguments.data:
@@ -176,10 +176,10 @@ def measure(pipeline: Callable, arguments: argparse.Namespace) -> dict[str, floa
         warmup += 1
     if images.shape != (BATCH_SIZE, SIZE, SIZE, 3) or str(images.dtype).removeprefix("torch.") != "uint8":
         sys.exit(f"error: a batch of images is {images.dtype} {tuple(images.shape)}")
-    began, processor_began, count = time.perf_counter(), report.processor_seconds(os.getpid()), 0
+    began, processor_began, count = time.perf_counter(), report.processor_seconds(), 0
     while (seconds := time.perf_counter() - began) < arguments.seconds:
         count += len(next(batches))
-    return {"": count / seconds, COST: 1000 * (report.processor_seconds(os.getpid()) - processor_began) / count}
+    return {"": count / seconds, COST: 1000 * (report.processor_seconds() - processor_began) / count}
 
 
 def write_files(folder: Path, name: str, photos: str | None) -> None:

@@ -96,7 +96,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--only", choices=PEERS, help="run this peer alone, in this process; prints one JSON line")
     parser.add_argument("--seed", type=int, default=0, help="of --only")
     arguments = parser.parse_args()
-    arguments.peers = report.chosen_peers(parser, arguments.peers, PEERS)
+    arguments.peers = report.chosen(parser, "peer", arguments.peers, PEERS)
     if arguments.repeats < 1 or (arguments.steps is not None and arguments.steps < 2):
         parser.error("--repeats must be 1 or more, --steps 2 or more")
     return arguments

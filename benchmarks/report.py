@@ -8,6 +8,7 @@ import importlib.util
 import json
 import os
 import sys
+import time
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
@@ -30,12 +31,12 @@ PACKAGES = {
 }
 
 
-def chosen_peers(parser: argparse.ArgumentParser, text: str, known: Collection[str]) -> list[str]:
+def chosen(parser: argparse.ArgumentParser, kind: str, text: str, known: Collection[str]) -> list[str]:
     """The names in a comma-separated list; an unknown one ends the program as other wrong arguments do."""
     names = [name for name in text.split(",") if name]
     for name in names:
         if name not in known:
-            parser.error(f'unknown peer "{name}"; known: {", ".join(known)}')
+            parser.error(f'unknown {kind} "{name}"; known: {", ".join(known)}')
     return names
 
 
@@ -53,19 +54,25 @@ def own_environment(root: Path) -> dict[str, str]:
     return os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
 
 
-def processor_seconds(pid: int) -> float:
-    """What a process and those below it have used of the processors so far; on Linux alone."""
-    total, waiting = 0.0, [pid]
+def processor_seconds(pid: int | None = None) -> float:
+    """What a process, by default this one, and those below it have used of the processors so far.
+
+    Off Linux, that of this process alone.
+    """
+    total, waiting = (0.0, [pid]) if pid else (time.process_time(), _children(os.getpid()))
     while waiting:
         each = waiting.pop()
         try:
             after_name = Path(f"/proc/{each}/stat").read_text().rpartition(")")[2].split()
-            for path in Path(f"/proc/{each}/task").glob("*/children"):
-                waiting += path.read_text().split()
+            waiting += _children(each)
         except (FileNotFoundError, ProcessLookupError):  # it has just ended
             continue
         total += (int(after_name[11]) + int(after_name[12])) / os.sysconf("SC_CLK_TCK")
     return total
+
+
+def _children(pid: int | str) -> list[str]:
+    return [child for path in Path(f"/proc/{pid}/task").glob("*/children") for child in path.read_text().split()]
 
 
 def print_table(metrics: Mapping[str, float], title: str | None = None) -> None:

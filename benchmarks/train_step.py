@@ -139,11 +139,8 @@ def parse_arguments() -> argparse.Namespace:
     if arguments.peers is None:
         ending = "_compiled" if _has_gpu() else ""
         arguments.peers = f"open_clip{ending},transformers{ending}"
-    arguments.peers = report.chosen_peers(parser, arguments.peers, NEEDED)
-    arguments.models = [name for name in arguments.models.split(",") if name]
-    for name in arguments.models:
-        if name not in MODELS:
-            parser.error(f'unknown model "{name}"; known: {", ".join(MODELS)}')
+    arguments.peers = report.chosen(parser, "peer", arguments.peers, NEEDED)
+    arguments.models = report.chosen(parser, "model", arguments.models, MODELS)
     if min(arguments.batch, arguments.steps, arguments.starts) < 1 or not arguments.models:
         parser.error("--batch, --steps and --starts must be 1 or more, --models not empty")
     if arguments.profile:
