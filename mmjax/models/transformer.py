@@ -224,7 +224,7 @@ class Transformer(nn.Module):
                 split_rngs={"params": True},
                 in_axes=(0, *[nn.broadcast] * 4),
                 length=self.depth,
-                unroll=self.unroll or self.depth,
+                unroll=1 if self.is_initializing() else self.unroll or self.depth,
             )
             blocks = block(self.heads, self.mlp_dim, self.dtype, *block_style, name="blocks")
             x, kept = stack(blocks, x, cache, mask, context, position, bias)

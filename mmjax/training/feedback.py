@@ -43,22 +43,18 @@ class MetricWriter:
         self._active = jax.process_index() == 0
         if not self._active:
             return
-        # Its writer of files alone: the one above it has a thread, whose errors nobody would catch.
-        from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto.event_pb2 import SessionLog
-
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
         _keep_until(path, resumed_step)
         self._file = path.open("a")
-        self._events = EventsWriter(str(folder / "events"))
-        if resumed_step is not None:  # what was written of later steps no longer counts
-            self._write_event(step=resumed_step + 1, session_log=SessionLog(status=SessionLog.START))
+        self._folder, self._resumed_step, self._events = folder, resumed_step, None
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Writes one line, and one TensorBoard scalar for each metric."""
         if not self._active:
             return
+        if self._events is None:
+            self._open_events()
         from tensorboardX.proto.summary_pb2 import Summary
 
         self._file.write(json.dumps({"step": step, "time": round(time.time(), 3), **metrics}) + "\n")
@@ -66,6 +62,16 @@ class MetricWriter:
         for name, value in metrics.items():
             self._write_event(step=step, summary=Summary(value=[Summary.Value(tag=name, simple_value=value)]))
         self._events.flush()
+
+    def _open_events(self) -> None:
+        """Not before the first step: tensorboardX imports PyTorch where that is installed, which takes seconds."""
+        # Its writer of files alone: the one above it has a thread, whose errors nobody would catch.
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import SessionLog
+
+        self._events = EventsWriter(str(self._folder / "events"))
+        if self._resumed_step is not None:  # what was written of later steps no longer counts
+            self._write_event(step=self._resumed_step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def _write_event(self, **content) -> None:
         from tensorboardX.proto.event_pb2 import Event
@@ -77,7 +83,8 @@ class MetricWriter:
         if self._active:
             with contextlib.suppress(OSError):  # a full disk, which has been told
                 self._file.close()
-                self._events.close()
+                if self._events:
+                    self._events.close()
 
 
 def read_metrics(path: Path) -> list[dict]:

@@ -6,11 +6,14 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import jax
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mmjax import api, environment
@@ -65,7 +68,7 @@ def _train(setup: Setup, watchdog: Watchdog, started: float) -> int:
             embedded = " (the data set that mmjax comes with)" if part.source.startswith("openmoji") else ""
             feedback.say(f"stream {name}: {len(source):,} records of {part.source}{embedded}")
     with jax.set_mesh(setup.mesh), StopRequest() as stop:
-        start, state = _initial_state(setup)
+        start, make_state = _initial_state(setup)
         if start >= setup.steps:
             feedback.say(f"{workdir} is finished at step {start}; delete it or name another --workdir to train anew")
             _finish(setup, _last_evaluation(workdir), started)
@@ -79,7 +82,7 @@ def _train(setup: Setup, watchdog: Watchdog, started: float) -> int:
             f"{jax.devices()[0].device_kind}, workdir {workdir}"
         )
         with Run(setup, start, stop, watchdog) as run:
-            done, evaluated = run.train(state)
+            done, evaluated = run.train(make_state)
     for line in run.summary():
         feedback.say(line)
     if done < setup.steps:
@@ -89,8 +92,8 @@ def _train(setup: Setup, watchdog: Watchdog, started: float) -> int:
     return 0
 
 
-def _initial_state(setup: Setup) -> tuple[int, TrainState]:
-    """The newest checkpoint that is intact and its step, or the state before the first step.
+def _initial_state(setup: Setup) -> tuple[int, Callable[[], TrainState]]:
+    """The step of the newest checkpoint that is intact, or 0, and what gives the state after it.
 
     Raises:
       UserError: there were checkpoints, and all are damaged.
@@ -102,14 +105,14 @@ def _initial_state(setup: Setup) -> tuple[int, TrainState]:
     for step in reversed(found):
         with Checkpoints(setup.workdir, setup.config, read_only=True) as checkpoints:
             try:
-                return step, checkpoints.restore(step, setup.target)
+                return step, partial(lambda state: state, checkpoints.restore(step, setup.target))
             except DamagedCheckpoint as error:
                 fault = str(error)  # the error itself would keep the arrays
         place = set_aside(setup.workdir, step)
         feedback.say(f"{fault}; it is now in {place}, and the one before it is used")
     if found or damaged:
         raise UserError(f"no checkpoint in {setup.workdir} is intact; the same command starts the run anew")
-    return 0, setup.make_state()
+    return 0, setup.make_state
 
 
 class Run:
@@ -145,24 +148,28 @@ class Run:
         """Lines for the end of the session."""
         return [line for line in (self._broken.summary(), self._account.summary()) if line]
 
-    def train(self, state: TrainState) -> tuple[int, Mapping[str, float]]:
+    def train(self, make_state: Callable[[], TrainState]) -> tuple[int, Mapping[str, float]]:
         """Runs the steps that are left; returns how many are done and the last evaluation."""
         setup, config, meter = self._setup, self._setup.config, self._meter
         objectives = {name: tuple(entry.objectives or config.objectives) for name, entry in config.streams.items()}
-        model = api.Model(config, state.params, setup.tokenizer, setup.mesh, on_batch=self._watchdog.beat)
+        model = api.Model(config, setup.target.params, setup.tokenizer, setup.mesh, on_batch=self._watchdog.beat)
         evaluated: Mapping[str, float] = {}
         batches = distributed.prefetch(_on_devices(setup, self._start, self._broken))
         metrics: Mapping[str, jax.Array] = {}
-        with feedback.TrainProgress(self._start, setup.steps) as progress:
+        with feedback.TrainProgress(self._start, setup.steps) as progress, ThreadPoolExecutor(1) as beside:
+            making = beside.submit(_under, setup.mesh, make_state)  # its program compiles while the step's does
             for done in range(self._start + 1, setup.steps + 1):
                 meter.lap("steps")
                 stream, batch = next(batches)
                 idle = all(value.is_ready() for value in metrics.values())  # the devices had nothing else to do
                 meter.lap("data_wait" if idle else "steps")
+                first, last = done == self._start + 1, done == setup.steps
+                if first:
+                    setup.compile_step(batch, objectives[stream])
+                    state = making.result()
                 with jax.transfer_guard("disallow"):
                     state, metrics = setup.train_step(state, batch, objectives[stream])
-                first, last = done == self._start + 1, done == setup.steps
-                if first:  # the one that compiles
+                if first:
                     jax.block_until_ready(metrics)
                 stopping = self._stop.agreed(done)
                 logs = done % config.train.log_every == 0 or last or stopping
@@ -202,6 +209,11 @@ class Run:
         self._checkpoints.save(state, setup.tokenizer.to_json(), setup.fingerprints, results)
         self._meter.lap("checkpoint")
         self._watchdog.beat()
+
+
+def _under(mesh: Mesh, function: Callable[[], TrainState]) -> TrainState:
+    with jax.set_mesh(mesh):  # which is a matter of each thread
+        return function()
 
 
 def _on_devices(setup: Setup, start: int, broken: BrokenRecords) -> Iterator[tuple[str, dict[str, jax.Array]]]:

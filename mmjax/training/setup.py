@@ -33,12 +33,16 @@ from mmjax.training.state import TrainState, make_state, state_shardings, with_s
 from mmjax.training.step import make_train_step
 from mmjax.training.teacher import make_teacher, resolve
 
+Batch = Mapping[str, jax.Array]
 _WHOLE = "tokenizer.mmjax.json"  # in a workdir: a tokenizer that was no single file
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What a run is made of. Nothing large is computed or read before `make_state` is called."""
+    """What a run is made of. Nothing large is computed or read before `make_state` is called.
+
+    `compile_step` compiles `train_step` for such a batch and such objectives, before there is a state.
+    """
 
     config: ConfigDict
     workdir: Path
@@ -52,6 +56,7 @@ class Setup:
     target: TrainState
     make_state: Callable[[], TrainState]
     train_step: Callable
+    compile_step: Callable[[Batch, tuple[str, ...]], None]
     evaluation: Evaluation
 
 
@@ -101,7 +106,12 @@ def prepare(config: ConfigDict, workdir: Path, beat: Callable[[], None] = lambda
         donate_argnums=0,
         out_shardings=(shardings, NamedSharding(mesh, P())),
     )
-    sharding = batch_sharding(mesh)
+    given = {"teacher_params": teacher.params} if teacher and teacher.params else {}
+    target, sharding = with_shardings(shapes, shardings), batch_sharding(mesh)
+
+    def compile_step(batch: Batch, objectives: tuple[str, ...]) -> None:
+        train_step.lower(target, batch, objectives, **given).compile()  # a call finds what was compiled
+
     return Setup(
         config=config,
         workdir=workdir,
@@ -112,9 +122,10 @@ def prepare(config: ConfigDict, workdir: Path, beat: Callable[[], None] = lambda
         rows={name: distributed.local_rows(sharding, entry.batch_size) for name, entry in config.streams.items()},
         steps=steps,
         model_parameters=sum(leaf.size for leaf in jax.tree.leaves(shapes.params)),
-        target=with_shardings(shapes, shardings),
+        target=target,
         make_state=replacing(jax.jit(make, out_shardings=shardings), taken.params),
-        train_step=partial(train_step, teacher_params=teacher.params) if teacher and teacher.params else train_step,
+        train_step=partial(train_step, **given) if given else train_step,
+        compile_step=compile_step,
         evaluation=evaluation,
     )
 

@@ -176,7 +176,9 @@ def test_scan_unroll_and_rematerialisation_change_neither_value_nor_gradient(mes
 
     value, gradient = value_and_gradient(reference)
     for settings_ in ({"unroll": 0}, {"unroll": 2}, *({"remat": name} for name in ("dots", "minimal", "full"))):
-        other_value, other_gradient = value_and_gradient(Transformer(3, 2, 32, **settings_))
+        other = Transformer(3, 2, 32, **settings_)
+        jax.tree.map(np.testing.assert_array_equal, other.init(KEY, x), params)
+        other_value, other_gradient = value_and_gradient(other)
         np.testing.assert_allclose(other_value, value, rtol=1e-5)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), other_gradient, gradient)
 

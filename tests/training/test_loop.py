@@ -104,14 +104,14 @@ def test_killed_ten_times_anywhere_and_run_again_the_result_is_the_same_bits(uni
 @pytest.mark.slow
 def test_a_second_start_compiles_nothing_that_takes_over_a_second(tmp_path, openmoji_folder):
     program = (
-        "import sys, jax, runpy\n"
-        "hits = []\n"
+        "import sys, jax, runpy, threading\n"
+        "hits = set()\n"  # the threads in which the next program to compile was found in the cache
         "def count(event, **more):\n"
-        "    if event.endswith('compilation_cache/cache_hits'): hits.append(event); print('FOUND')\n"
+        "    if event.endswith('compilation_cache/cache_hits'): hits.add(threading.get_ident()); print('FOUND')\n"
         "def tell(event, seconds, **more):\n"
         "    if 'backend_compile' in event:\n"  # its time includes that of looking into the cache
-        "        if not hits and seconds > 1: print('COMPILED', seconds, more)\n"
-        "        hits.clear()\n"
+        "        if threading.get_ident() not in hits and seconds > 1: print('COMPILED', seconds, more)\n"
+        "        hits.discard(threading.get_ident())\n"
         "jax.monitoring.register_event_listener(count)\n"
         "jax.monitoring.register_event_duration_secs_listener(tell)\n"
         "sys.argv = ['mmjax.main', *sys.argv[1:]]\n"
@@ -179,6 +179,7 @@ def test_a_resumed_run_may_have_other_devices_and_workers(uninterrupted, tmp_pat
 
 def test_metrics_of_repeated_steps_are_taken_back(tmp_path):
     writer = MetricWriter(tmp_path)
+    assert not (tmp_path / "events").exists()  # what writes it is imported late: it imports PyTorch
     for step in range(1, 6):
         writer.write(step, {"train/loss": float(step)})
     writer.close()

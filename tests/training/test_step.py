@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmjax.sharding.rules import path_name
+from mmjax.sharding.rules import batch_sharding, path_name
 from mmjax.training import setup
 from tests import tiny
 
@@ -32,6 +32,27 @@ def test_the_moving_average_follows_the_parameters(tmp_path, openmoji_folder):
             expected = jax.tree.map(lambda old, new, d=decay: d * old + (1 - d) * new, expected, state.params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), state.ema, expected)
     assert int(state.step) == 3
+
+
+@pytest.mark.sharding
+def test_a_step_that_was_compiled_before_there_is_a_state_is_not_compiled_again(tmp_path, openmoji_folder):
+    run, batch = run_one(tmp_path)
+    compiled = []
+
+    def note(event: str, seconds: float, **names) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(names)
+
+    with jax.set_mesh(run.mesh):
+        batch, state = jax.device_put(batch, batch_sharding(run.mesh)), run.make_state()
+        jax.monitoring.register_event_duration_secs_listener(note)
+        try:
+            run.compile_step(batch, ("contrastive",))
+            assert len(compiled) == 1
+            run.train_step(state, batch, ("contrastive",))
+        finally:
+            jax.monitoring.unregister_event_duration_listener(note)
+    assert len(compiled) == 1
 
 
 def test_microbatches_change_nothing_but_the_memory(tmp_path, openmoji_folder):
