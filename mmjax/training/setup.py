@@ -27,13 +27,13 @@ from mmjax.sharding.mesh import make_mesh
 from mmjax.sharding.rules import batch_sharding
 from mmjax.training import feedback
 from mmjax.training.checkpoint import Checkpoints, DamagedCheckpoint, agreed_steps, space
+from mmjax.training.gradient import Batch
 from mmjax.training.init_from import Taken, replacing, taken_over, tokenizer_of
 from mmjax.training.optimizer import in_steps, learning_rate_schedule, make_optimizer
 from mmjax.training.state import TrainState, make_state, state_shardings, with_shardings
 from mmjax.training.step import make_train_step
 from mmjax.training.teacher import make_teacher, resolve
 
-Batch = Mapping[str, jax.Array]
 _WHOLE = "tokenizer.mmjax.json"  # in a workdir: a tokenizer that was no single file
 
 
