@@ -47,6 +47,10 @@ def initialize(options: Mapping[str, Any]) -> None:
         raise UserError(f"several processes are to train together: set {names}")
     elif _in_a_cluster(environment):
         jax.distributed.initialize(**timeouts)
+    if jax.process_count() > 1 and jax.default_backend() == "cpu":
+        # jax writes what the first process compiles, under a name that on CPUs no other process finds. A second start
+        # would let the first one wait for what the others compile; Gloo, which connects them, gives up after 30 s.
+        jax.config.update("jax_enable_compilation_cache", False)
 
 
 def _number(environment: Mapping[str, str], name: str) -> int | None:

@@ -80,8 +80,9 @@ def test_one_of_two_processes_is_told_to_stop_and_both_do(tmp_path, openmoji_fol
 def test_one_of_two_processes_is_killed_and_both_started_again(two, tmp_path):
     """The other one does not outlive it; the same command goes on, and ends with the same bits."""
     processes = start_two(*ARGUMENTS, f"--workdir={tmp_path / 'killed'}")
-    path = tmp_path / "killed" / "metrics.jsonl"
-    while processes[0].poll() is None and max((line["step"] for line in read_metrics(path)), default=0) < 7:
+    while 3 not in saved_steps(tmp_path / "killed"):
+        if any(process.poll() is not None for process in processes):
+            pytest.fail("\n".join(programs.outputs_of(processes)))
         time.sleep(0.01)
     processes[1].kill()
     outputs = programs.outputs_of(processes, timeout=400)
@@ -132,18 +133,18 @@ def test_a_checkpoint_that_is_damaged_for_one_process_is_set_aside_by_both(two, 
     jax.tree.map(np.testing.assert_array_equal, api.load(workdir).params, api.load(two[0]).params)
 
 
-def test_all_processes_go_by_what_the_first_one_sees():
-    program = (
-        "import jax, numpy as np; from mmjax import config; from mmjax.sharding import distributed\n"
+def run_two(program):
+    """What two processes of a program say that join each other first."""
+    joining = (
+        "import jax, numpy as np\n"
+        "from mmjax import config, runtime\n"
+        "from mmjax.sharding import distributed\n"
+        "runtime.configure()\n"
         "distributed.initialize(config.default().distributed)\n"
-        "seen = [[1, 20, 300], []][jax.process_index()]\n"
-        "array = distributed.array_from_first_process(np.array([[0.25, -7.0]]) * (1 - jax.process_index()))\n"
-        "print(distributed.from_first_process(seen), distributed.from_first_process(seen[::-1]), end=' ')\n"
-        "print(array.tolist(), array.dtype)\n"
     )
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", program],
+            [sys.executable, "-c", joining + program],
             cwd=programs.ROOT,
             env=programs.environment(**place),
             stdout=subprocess.PIPE,
@@ -152,5 +153,30 @@ def test_all_processes_go_by_what_the_first_one_sees():
         )
         for place in programs.places(2)
     ]
+    return finish(processes, 0)
+
+
+def test_all_processes_go_by_what_the_first_one_sees():
+    outputs = run_two(
+        "seen = [[1, 20, 300], []][jax.process_index()]\n"
+        "array = distributed.array_from_first_process(np.array([[0.25, -7.0]]) * (1 - jax.process_index()))\n"
+        "print(distributed.from_first_process(seen), distributed.from_first_process(seen[::-1]), end=' ')\n"
+        "print(array.tolist(), array.dtype)\n"
+    )
     shown = "[1, 20, 300] [300, 20, 1] [[0.25, -7.0]] float64"
-    assert all(shown in output for output in finish(processes, 0))
+    assert all(shown in output for output in outputs)
+
+
+def test_at_a_second_start_all_processes_compile_or_none_does(monkeypatch, tmp_path):
+    """One that waits for the others while they compile loses them after 30 s."""
+    monkeypatch.setenv("MMJAX_CACHE", str(tmp_path))
+    program = (
+        "jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)\n"
+        "found = []\n"
+        "jax.monitoring.register_event_listener(lambda event, **more: found.append(event.endswith('/cache_hits')))\n"
+        "distributed.any_process(True)\n"
+        "print('found in the cache:', sum(found), 'of', len(found))\n"
+    )
+    run_two(program)
+    lines = [[line for line in output.splitlines() if "in the cache" in line] for output in run_two(program)]
+    assert lines[0] == lines[1] != []
