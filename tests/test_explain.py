@@ -1,7 +1,7 @@
 """Explanations of small models with every pooling, against the formulas of the papers in NumPy."""
 
 import json
-from functools import cache
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -55,16 +55,20 @@ def model(pooling="mean", devices=1, unroll=1, decoder=False, **options):
 
 def raw(made, modality, inputs, target):
     """Attention weights, and the gradients of the cosines with respect to them: by name, as arrays."""
-    module = made.module
+    encode, params = partial(made.module.apply, method="encode"), jax.tree.map(jnp.asarray, made.params)
     with jax.set_mesh(made.mesh):
-        _, seen = module.apply({"params": made.params}, modality, inputs, method="encode", mutable=[ATTENTION])
 
+        @jax.jit
+        def attention():
+            return encode({"params": params}, modality, inputs, mutable=[ATTENTION])[1][ATTENTION]
+
+        @jax.jit
         def similarity(shift):
-            variables = {"params": made.params, SHIFT: shift}
-            return (module.apply(variables, modality, inputs, method="encode")["embedding"] * target).sum()
+            return (encode({"params": params, SHIFT: shift}, modality, inputs)["embedding"] * target).sum()
 
-        zeros = jax.tree.map(jnp.zeros_like, seen[ATTENTION])
-        return jax.device_get((seen[ATTENTION][modality], jax.grad(similarity)(zeros)[modality], similarity))
+        seen = attention()
+        gradients = jax.grad(similarity)(jax.tree.map(jnp.zeros_like, seen))
+        return *jax.device_get((seen[modality], gradients[modality])), similarity
 
 
 def expected_relevance(weights, gradients, last):
