@@ -1,6 +1,7 @@
 """Process-wide settings that have to be made before jax starts."""
 
 import ctypes
+import gc
 import importlib.util
 import os
 import time
@@ -13,11 +14,13 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 
 
 def configure() -> None:
-    """Sets the compilation cache and, where the CPU computes, the allocator and the vector width.
+    """Sets Python's garbage collector, the compilation cache and, where the CPU computes, the allocator and the vector
+    width.
 
     Call it before jax touches a device: memory pools and flags are fixed then.
     `benchmarks/cpu_settings.py` measures what the CPU's settings are worth.
     """
+    gc.set_threshold(100_000)  # imports and tracing allocate a lot and leave little garbage
     if _computes_on_cpu():
         _keep_freed_memory()
     configure_jax()

@@ -51,8 +51,7 @@ class Retrieval:
           UserError: it is missing, a record lacks captions, or the gallery lacks an image of the captions.
         """
         self._beat = beat
-        _, owners = self._captions
-        missing = [key for image, key in owners if image not in self._images]
+        missing = [key for image, key in self._captions[1] if image not in self._images]
         if missing:
             raise UserError(
                 f'split "{self._entry.gallery_split}" lacks {len(missing)} images of split "{self._entry.split}": '
@@ -60,13 +59,34 @@ class Retrieval:
             )
 
     @cached_property
+    def _captions(self) -> tuple[list[str], list[tuple[Hashable, str]]]:
+        """All captions, and for each the image that it belongs to and the key of its record."""
+        captions, owners = [], []
+        for key, image, texts in self._read:
+            captions += texts
+            owners += [(image, key)] * len(texts)
+        return captions, owners
+
+    @cached_property
     def _images(self) -> dict[Hashable, int]:
         """What tells each image of the gallery from the others, and the number of the first record that has it."""
         found: dict[Hashable, int] = {}
-        for index, record in enumerate(self._records(self._gallery)):
-            if found.setdefault(self._identity(record), index) != index and self._entry.match == "record":
-                raise UserError(f'several records have the key {record["key"]!r}: set match to "image"')
+        if self._gallery is self._queries:
+            named = [(key, image) for key, image, _ in self._read]
+        else:
+            named = [(record["key"], self._identity(record)) for record in self._records(self._gallery)]
+        for index, (key, image) in enumerate(named):
+            if found.setdefault(image, index) != index and self._entry.match == "record":
+                raise UserError(f'several records have the key {key!r}: set match to "image"')
         return found
+
+    @cached_property
+    def _read(self) -> list[tuple[str, Hashable, list[str]]]:
+        """The key, the image and the captions of each record with captions, which is read once."""
+        return [
+            (record["key"], self._identity(record), captions_of(record, self._entry.captions))
+            for record in self._records(self._queries)
+        ]
 
     def _records(self, source: Source) -> Iterator[dict]:
         for index in range(len(source)):
@@ -75,16 +95,6 @@ class Retrieval:
 
     def _identity(self, record: dict) -> Hashable:
         return record["key"] if self._entry.match == "record" else identity(record)
-
-    @cached_property
-    def _captions(self) -> tuple[list[str], list[tuple[Hashable, str]]]:
-        """All captions, and for each the image that it belongs to and the key of its record."""
-        captions, owners = [], []
-        for record in self._records(self._queries):
-            for caption in captions_of(record, self._entry.captions):
-                captions.append(caption)
-                owners.append((self._identity(record), record["key"]))
-        return captions, owners
 
     def evaluate(self, model: Model, picture: Path | None = None) -> Iterator[tuple[str, float]]:
         """Yields the metrics; draws a contact sheet where the entry asks for one."""

@@ -225,6 +225,7 @@ class Transformer(nn.Module):
                 in_axes=(0, *[nn.broadcast] * 4),
                 length=self.depth,
                 unroll=1 if self.is_initializing() else self.unroll or self.depth,
+                check_constancy_invariants=False,  # it would trace the block once more
             )
             blocks = block(self.heads, self.mlp_dim, self.dtype, *block_style, name="blocks")
             x, kept = stack(blocks, x, cache, mask, context, position, bias)

@@ -124,12 +124,17 @@ def to_devices(
 
 
 def prefetch(batches: Iterator[Any], ahead: int = 2) -> Iterator[Any]:
-    """Draws `ahead` batches early, so that their transfer overlaps with the step before."""
+    """Draws up to `ahead` batches early, so that their transfer overlaps with the step before.
+
+    The first waits for no other: the lead grows by one with each batch.
+    """
     queue: deque[Any] = deque()
+    lead = 0
     for batch in batches:
         queue.append(batch)
-        if len(queue) > ahead:
+        if len(queue) > lead:
             yield queue.popleft()
+            lead = min(lead + 1, ahead)
     yield from queue
 
 

@@ -90,7 +90,7 @@ def prepare(config: ConfigDict, workdir: Path, beat: Callable[[], None] = lambda
     module, vocabulary = api.make_module(config), _vocabulary(config, tokenizer)
     teacher = make_teacher(config, module, mesh, tokenizer, vocabulary)
     with jax.set_mesh(mesh):
-        init = partial(api.init_params, config, module)
+        init = jax.jit(partial(api.init_params, config, module))  # of its three uses one traces it
         optimizer = make_optimizer(config.optimizer, jax.eval_shape(init))
         make = partial(make_state, init, optimizer, config.train.ema_decay > 0)
         shapes = jax.eval_shape(make)
@@ -109,6 +109,9 @@ def prepare(config: ConfigDict, workdir: Path, beat: Callable[[], None] = lambda
     given = {"teacher_params": teacher.params} if teacher and teacher.params else {}
     target, sharding = with_shardings(shapes, shardings), batch_sharding(mesh)
 
+    # On a CPU, half of the time to compile it would go into optimising what runs once.
+    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+
     def compile_step(batch: Batch, objectives: tuple[str, ...]) -> None:
         train_step.lower(target, batch, objectives, **given).compile()  # a call finds what was compiled
 
@@ -123,7 +126,7 @@ def prepare(config: ConfigDict, workdir: Path, beat: Callable[[], None] = lambda
         steps=steps,
         model_parameters=sum(leaf.size for leaf in jax.tree.leaves(shapes.params)),
         target=target,
-        make_state=replacing(jax.jit(make, out_shardings=shardings), taken.params),
+        make_state=replacing(jax.jit(make, out_shardings=shardings, compiler_options=options), taken.params),
         train_step=partial(train_step, **given) if given else train_step,
         compile_step=compile_step,
         evaluation=evaluation,

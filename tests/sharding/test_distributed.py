@@ -75,3 +75,9 @@ def test_a_part_of_it_is_an_error_that_names_the_rest(joined, environment, optio
 def test_what_is_no_number_is_named(joined):
     with pytest.raises(UserError, match="JAX_PROCESS_ID=first is no whole number"):
         joined({"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "first"})
+
+
+def test_the_first_batch_waits_for_no_other_and_the_lead_grows_to_two():
+    drawn = []
+    batches = distributed.prefetch(drawn.append(number) or number for number in range(7))
+    assert [(number, len(drawn)) for number in batches] == [(0, 1), (1, 3), (2, 5), (3, 6), (4, 7), (5, 7), (6, 7)]

@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mmjax.models import attention
 from mmjax.sharding.rules import batch_sharding, path_name
 from mmjax.training import setup
 from tests import tiny
@@ -19,6 +20,17 @@ def run_one(tmp_path, token_drop=0.0, image=(), **changes):
         "text": jnp.asarray(rng.integers(1, 4000, (16, 8), np.int32)),
     }
     return run, batch
+
+
+def test_each_attention_is_traced_once_for_the_parameters_and_once_for_the_step(tmp_path, openmoji_folder, monkeypatch):
+    traced, chosen = [], attention.implementation
+    monkeypatch.setattr(attention, "implementation", lambda *given: traced.append(1) or chosen(*given))
+    run, batch = run_one(tmp_path)
+    with jax.set_mesh(run.mesh):
+        run.make_state()
+        assert len(traced) == 3  # of two towers and of the image's pooling
+        run.compile_step(batch, ("contrastive",))
+    assert len(traced) == 6
 
 
 def test_the_moving_average_follows_the_parameters(tmp_path, openmoji_folder):
