@@ -225,7 +225,8 @@ class Transformer(nn.Module):
                 in_axes=(0, *[nn.broadcast] * 4),
                 length=self.depth,
                 unroll=1 if self.is_initializing() else self.unroll or self.depth,
-                check_constancy_invariants=False,  # it would trace the block once more
+                # The check traces the block once more; where parameters are drawn, which ones depends on it.
+                check_constancy_invariants=self.is_initializing(),
             )
             blocks = block(self.heads, self.mlp_dim, self.dtype, *block_style, name="blocks")
             x, kept = stack(blocks, x, cache, mask, context, position, bias)

@@ -22,15 +22,15 @@ def run_one(tmp_path, token_drop=0.0, image=(), **changes):
     return run, batch
 
 
-def test_each_attention_is_traced_once_for_the_parameters_and_once_for_the_step(tmp_path, openmoji_folder, monkeypatch):
+def test_the_model_is_traced_once_for_the_parameters_and_once_for_the_step(tmp_path, openmoji_folder, monkeypatch):
     traced, chosen = [], attention.implementation
     monkeypatch.setattr(attention, "implementation", lambda *given: traced.append(1) or chosen(*given))
     run, batch = run_one(tmp_path)
     with jax.set_mesh(run.mesh):
         run.make_state()
-        assert len(traced) == 3  # of two towers and of the image's pooling
+        assert len(traced) == 5  # in two towers, where the scan's check is one more, and in the image's pooling
         run.compile_step(batch, ("contrastive",))
-    assert len(traced) == 6
+    assert len(traced) == 8
 
 
 def test_the_moving_average_follows_the_parameters(tmp_path, openmoji_folder):
