@@ -151,7 +151,7 @@ def _embed(store: Any, parts: Sequence[int], model: Any, records: Callable) -> N
     with ThreadPoolExecutor(threads) as pool, Progress(sum(len(rows) for _, rows in batches)) as progress:
         try:
             reading = ((part, pool.submit(records, rows)) for part, rows in batches)
-            ahead = distributed.prefetch(reading, 2 * threads)
+            ahead = distributed.prefetch(reading, 2 * threads, lead=2 * threads)  # all threads read from the start
             for part, futures in itertools.groupby(ahead, key=lambda each: each[0]):
                 rows, embeddings = [], defaultdict(list)
                 for _, future in futures:

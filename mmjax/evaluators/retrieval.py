@@ -82,7 +82,7 @@ class Retrieval:
 
     @cached_property
     def _read(self) -> list[tuple[str, Hashable, list[str]]]:
-        """The key, the image and the captions of each record with captions, which is read once."""
+        """Of each record of `split`, read once: its key, what tells its image from others, and its captions."""
         return [
             (record["key"], self._identity(record), captions_of(record, self._entry.captions))
             for record in self._records(self._queries)

@@ -123,13 +123,12 @@ def to_devices(
     return jax.tree.map(build, dict(batch))
 
 
-def prefetch(batches: Iterator[Any], ahead: int = 2) -> Iterator[Any]:
+def prefetch(batches: Iterator[Any], ahead: int = 2, lead: int = 0) -> Iterator[Any]:
     """Draws up to `ahead` batches early, so that their transfer overlaps with the step before.
 
-    The first waits for no other: the lead grows by one with each batch.
+    The first waits for `lead` others, by default for none; the lead grows by one with each batch.
     """
     queue: deque[Any] = deque()
-    lead = 0
     for batch in batches:
         queue.append(batch)
         if len(queue) > lead:

@@ -81,3 +81,9 @@ def test_the_first_batch_waits_for_no_other_and_the_lead_grows_to_two():
     drawn = []
     batches = distributed.prefetch(drawn.append(number) or number for number in range(7))
     assert [(number, len(drawn)) for number in batches] == [(0, 1), (1, 3), (2, 5), (3, 6), (4, 7), (5, 7), (6, 7)]
+
+
+def test_a_lead_is_there_before_the_first():
+    drawn = []
+    batches = distributed.prefetch((drawn.append(number) or number for number in range(5)), ahead=2, lead=2)
+    assert [(number, len(drawn)) for number in batches] == [(0, 3), (1, 4), (2, 5), (3, 5), (4, 5)]
