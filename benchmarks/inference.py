@@ -29,22 +29,20 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from contextlib import ExitStack
 from types import SimpleNamespace
 
 import numpy as np
 import report
+from workers import Ended, Worker, rotated
 
-ROOT = Path(__file__).resolve().parent.parent
 IMAGE_SIZE, PATCH_SIZE, EMBED_DIM = 224, 16, 512
 TEXT_LENGTH, VOCAB_SIZE = 77, 49_408
 END_ID = VOCAB_SIZE - 1
 CAPTION_LENGTHS = (8, 16)
-PAUSE = 0.5  # seconds
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 NEEDED = {
     "open_clip": ("torch", "torchvision", "timm", "open_clip"),
@@ -94,49 +92,28 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def measure(arguments: argparse.Namespace) -> list[dict[str, dict]]:
-    """Of each round {"system/task": {"seconds": ..., "cpu_seconds": ...}}."""
-    systems = ["mmjax", *arguments.peers]
-    workers = {system: start(system) for system in systems}
-    try:
-        for worker in workers.values():
-            answer(worker)  # it is warm
-        rounds = []
-        for number in range(arguments.rounds):
-            turn = systems[number % len(systems) :] + systems[: number % len(systems)]
-            found = {f"{system}/{task}": ask(workers[system], task) for task in arguments.tasks for system in turn}
-            rounds.append(found)
-    finally:
-        for worker in workers.values():
-            worker.stdin.close()
-            worker.wait()
-    return rounds
-
-
-def start(system: str) -> subprocess.Popen:
-    """The process of a system."""
-    environment = report.own_environment(ROOT)
-    command = [sys.executable, __file__, f"--only={system}", *sys.argv[1:]]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
-
-
-def ask(worker: subprocess.Popen, task: str) -> dict[str, float]:
-    """What one call took. Threads of the call before it, of another system, may spin a while: it begins after that."""
-    time.sleep(PAUSE)
-    worker.stdin.write(f"{task}\n")
-    worker.stdin.flush()
-    return answer(worker)
-
-
-def answer(worker: subprocess.Popen) -> dict[str, float]:
-    """The next line of a worker.
+    """Of each round {"system/task": {"seconds": ..., "cpu_seconds": ...}}.
 
     Raises:
-      SystemExit: it has ended.
+      SystemExit: a worker has ended.
     """
-    line = worker.stdout.readline()
-    if not line:
-        sys.exit(f"error: a worker has ended with exit code {worker.wait()}")
-    return json.loads(line)
+    systems = ["mmjax", *arguments.peers]
+    with ExitStack() as stack:
+        workers = {system: stack.enter_context(start(system)) for system in systems}
+        try:
+            for worker in workers.values():
+                worker.answer()  # it is warm
+            return [
+                {f"{system}/{task}": workers[system].ask(task) for task in arguments.tasks for system in turn}
+                for turn in (rotated(systems, number) for number in range(arguments.rounds))
+            ]
+        except Ended as error:
+            sys.exit(f"error: a worker has ended: {error}")
+
+
+def start(system: str) -> Worker:
+    """The process of a system."""
+    return Worker(__file__, [f"--only={system}", *sys.argv[1:]])
 
 
 def serve(arguments: argparse.Namespace) -> None:

@@ -10,10 +10,11 @@ systems have the same towers, poolings, activations and loss. On a GPU they comp
 a CPU in float32. mmjax reads uint8 pixels and normalises them, the peers are given normalised ones. PyTorch runs with
 its fused attention and its fused AdamW, and `..._compiled` through `torch.compile`, which is the default on a GPU.
 
-Each measurement is a process of its own, so that it has the device's memory for itself; the systems take turns,
-`--starts` times. Of each model:
+Each system is a process of its own. On a CPU they live at the same time and take turns of a second of steps or one
+step, `--turns` times, so that a machine which gets slower and faster does so to all; on a GPU one process comes after
+the other, so that each has the memory for itself. All of that `--starts` times. Of each model:
 
-    images_per_second           of the median start; `--steps` steps are timed together, after two that are not
+    images_per_second           of the median turn
     mfu                         floating-point operations of the matrix products, by formula, over the device's dense
                                 bfloat16 peak; on GPUs and TPUs alone
     of_matmul_rate              the same over the rate of one large matrix product in the same process
@@ -21,8 +22,8 @@ Each measurement is a process of its own, so that it has the device's memory for
     peak_memory                 bytes: of the device's allocator; on a CPU what the compiled program needs, and by how
                                 much a peer's process grew
     largest_batch               with `--largest`: to an eighth, by trying
-    over_PEER                   images per second over the peer's, of one start each: the median
-    peak_memory_over_PEER       the same of memory
+    over_PEER                   images per second over the peer's, of one turn each: the median
+    peak_memory_over_PEER       peak memory over the peer's
 
 `--profile` writes a trace of mmjax's step into a folder and prints where its time goes, by the kind of kernel.
 
@@ -35,10 +36,10 @@ import json
 import os
 import resource
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,10 +47,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import report
 from inference import NEEDED, import_torch
+from workers import Ended, Worker, rotated
 
-ROOT = Path(__file__).resolve().parent.parent
 LEARNING_RATE, WEIGHT_DECAY, BETAS, CLIP_NORM = 1e-4, 0.1, (0.9, 0.95), 1.0
-WARM_STEPS = 2
+WARM_STEPS, TURN_SECONDS = 2, 1.0
 
 
 class Tower(NamedTuple):
@@ -89,14 +90,14 @@ MODELS = {
 }
 OPEN_CLIP_SIGLIPS = {"B/16-SigLIP": "ViT-B-16-SigLIP", "So400m/14": "ViT-SO400M-14-SigLIP"}
 Step = Callable[[], None]
-Found = dict[str, float]
+Found = dict[str, Any]  # numbers, and under "turns" a list of seconds a step
 
 
 def main() -> int:
     """Runs the command line; returns the exit code."""
     arguments = parse_arguments()
     if arguments.only:
-        print(json.dumps(measure(arguments)))
+        serve(arguments)
         return 0
     needed = [package for peer in arguments.peers for package in NEEDED[peer]]
     if not report.installed(needed, "see benchmarks/train_step.py, or use --peers="):
@@ -104,10 +105,9 @@ def main() -> int:
     metrics: dict[str, float] = {}
     for model in arguments.models:
         systems = ["mmjax", *arguments.peers]
-        starts = []
-        for number in range(arguments.starts):
-            turn = systems[number % len(systems) :] + systems[: number % len(systems)]
-            starts.append({system: run(arguments, system, model, arguments.batch) for system in turn})
+        starts = [
+            run(arguments, rotated(systems, number), model, arguments.batch) for number in range(arguments.starts)
+        ]
         metrics |= {f"{model}/{name}": value for name, value in summary(starts, arguments).items()}
         if arguments.largest:
             largest = {system: largest_batch(arguments, system, model) for system in systems}
@@ -127,12 +127,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--models", default="quickstart,Ti/16,S/16", help=f"of {', '.join(MODELS)}")
     parser.add_argument("--peers", help=f"of {', '.join(NEEDED)}; empty for none; by default open_clip, transformers")
     parser.add_argument("--batch", type=int, default=32, help="pairs of a step")
-    parser.add_argument("--steps", type=int, default=5, help="timed together")
+    parser.add_argument("--turns", type=int, default=5, help="of each start, a second of steps or one step")
     parser.add_argument("--starts", type=int, default=3, help="of each system")
     parser.add_argument("--unroll", type=int, default=0, help="mmjax's layers in one iteration of its scan; 0: all")
     parser.add_argument("--remat", default="none", help="what mmjax computes again in the backward pass")
     parser.add_argument("--largest", action="store_true", help="also find the largest batch that fits")
-    parser.add_argument("--profile", metavar="FOLDER", help="trace mmjax's step, print where its time goes, and end")
+    parser.add_argument(
+        "--profile", metavar="FOLDER", help="trace mmjax's step `--turns` times, print where its time goes, and end"
+    )
     parser.add_argument("--json", help="also write the metrics to this file")
     parser.add_argument("--only", choices=("mmjax", *NEEDED), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -141,8 +143,8 @@ def parse_arguments() -> argparse.Namespace:
         arguments.peers = f"open_clip{ending},transformers{ending}"
     arguments.peers = report.chosen(parser, "peer", arguments.peers, NEEDED)
     arguments.models = report.chosen(parser, "model", arguments.models, MODELS)
-    if min(arguments.batch, arguments.steps, arguments.starts) < 1 or not arguments.models:
-        parser.error("--batch, --steps and --starts must be 1 or more, --models not empty")
+    if min(arguments.batch, arguments.turns, arguments.starts) < 1 or not arguments.models:
+        parser.error("--batch, --turns and --starts must be 1 or more, --models not empty")
     if arguments.profile:
         arguments.only, arguments.models = "mmjax", arguments.models[:1]
     return arguments
@@ -152,69 +154,104 @@ def _has_gpu() -> bool:
     return Path("/proc/driver/nvidia/version").exists()
 
 
-def run(arguments: argparse.Namespace, system: str, model: str, batch: int) -> Found | None:
-    """What one process measured; None where it failed, for want of memory say (its message is shown)."""
-    command = [sys.executable, __file__, f"--only={system}", f"--models={model}", f"--batch={batch}", "--peers="]
-    command += [f"--{name}={getattr(arguments, name)}" for name in ("steps", "unroll", "remat")]
-    done = subprocess.run(command, capture_output=True, text=True, env=report.own_environment(ROOT))
-    if done.returncode:
-        print(f"{system}, {model}, {batch}: {(done.stderr.strip().splitlines() or ['?'])[-1]}", file=sys.stderr)
-        return None
-    found = json.loads(done.stdout.splitlines()[-1])
-    print(f"{model:12} {system:22} {batch / found['seconds']:10.1f} images/s", file=sys.stderr)
+def run(arguments: argparse.Namespace, systems: list[str], model: str, batch: int) -> dict[str, Found]:
+    """What each of these systems measured; without those that failed, for want of memory say (the message is shown)."""
+    groups = [[system] for system in systems] if _has_gpu() else [systems]
+    return {system: found for group in groups for system, found in together(arguments, group, model, batch).items()}
+
+
+def together(arguments: argparse.Namespace, systems: list[str], model: str, batch: int) -> dict[str, Found]:
+    """The same of systems that live at the same time and take turns."""
+    command = [f"--models={model}", f"--batch={batch}", "--peers="]
+    command += [f"--{name}={getattr(arguments, name)}" for name in ("unroll", "remat")]
+    workers: dict[str, Worker] = {}
+    answers: dict[str, list[dict[str, float]]] = {}
+
+    def ask(system: str, text: str = "") -> dict[str, float]:
+        try:
+            return workers[system].ask(text) if text else workers[system].answer()
+        except Ended as error:
+            print(f"{system}, {model}, {batch}: {error}", file=sys.stderr)
+            del workers[system]
+            return {}
+
+    with ExitStack() as stack:
+        for system in systems:
+            workers[system] = stack.enter_context(Worker(__file__, [f"--only={system}", *command]))
+            answers[system] = [ask(system)]  # it is warm
+        for number in range(arguments.turns):
+            for system in rotated([*workers], number):
+                answers[system].append(ask(system, "steps"))
+        for system in [*workers]:
+            answers[system].append(ask(system, "more"))
+    found: dict[str, Found] = {}
+    for system in workers:
+        first, *steps, more = answers[system]
+        found[system] = {**first, **more, "turns": [each["seconds"] for each in steps]}
+        rate = batch / statistics.median(found[system]["turns"])
+        print(f"{model:12} {system:22} {rate:10.1f} images/s", file=sys.stderr)
     return found
 
 
 def largest_batch(arguments: argparse.Namespace, system: str, model: str) -> int:
     """The largest batch that fits, to an eighth; 0 if not even `--batch` does."""
     fits, batch = 0, arguments.batch
-    while run(arguments, system, model, batch):
+    while run(arguments, [system], model, batch):
         fits, batch = batch, 2 * batch
     fails = batch
     while fits and fails - fits > fits // 8:
         middle = (fits + fails) // 2 // 8 * 8
         if middle <= fits:
             break
-        fits, fails = (middle, fails) if run(arguments, system, model, middle) else (fits, middle)
+        fits, fails = (middle, fails) if run(arguments, [system], model, middle) else (fits, middle)
     return fits
 
 
-def summary(starts: list[Mapping[str, Found | None]], arguments: argparse.Namespace) -> dict[str, float]:
-    """The medians over the starts, and those of mmjax's ratios to the peers; what failed is left out."""
+def summary(starts: list[dict[str, Found]], arguments: argparse.Namespace) -> dict[str, float]:
+    """The medians over turns and starts, and those of mmjax's ratios to the peers; what failed is left out."""
     metrics: dict[str, float] = {}
     for system in ("mmjax", *arguments.peers):
-        found = [start[system] for start in starts if start[system]]
+        found = [start[system] for start in starts if system in start]
         if found:
-            medians = {name: statistics.median(each[name] for each in found) for name in found[0]}
-            metrics[f"{system}_images_per_second"] = arguments.batch / medians.pop("seconds")
-            metrics |= {name if system == "mmjax" else f"{system}_{name}": value for name, value in medians.items()}
+            seconds = statistics.median(turn for each in found for turn in each["turns"])
+            metrics[f"{system}_images_per_second"] = arguments.batch / seconds
+            for name in [name for name in found[0] if name != "turns"]:
+                value = statistics.median(each[name] for each in found)
+                metrics[name if system == "mmjax" else f"{system}_{name}"] = value
     for peer in arguments.peers:
-        both = [(start["mmjax"], start[peer]) for start in starts if start["mmjax"] and start[peer]]
+        both = [(start["mmjax"], start[peer]) for start in starts if {"mmjax", peer} <= start.keys()]
         if both:
-            metrics[f"over_{peer}"] = statistics.median(theirs["seconds"] / ours["seconds"] for ours, theirs in both)
+            turns = [pair for ours, theirs in both for pair in zip(ours["turns"], theirs["turns"], strict=True)]
+            metrics[f"over_{peer}"] = statistics.median(theirs / ours for ours, theirs in turns)
             memory = [ours["peak_memory"] / theirs["peak_memory"] for ours, theirs in both]
             metrics[f"peak_memory_over_{peer}"] = statistics.median(memory)
     return metrics
 
 
-def measure(arguments: argparse.Namespace) -> Found:
-    """One system's steps, in this process."""
-    output, sys.stdout = sys.stdout, sys.stderr  # for what libraries print
+def serve(arguments: argparse.Namespace) -> None:
+    """A worker: one system's steps, as many as its standard input asks for."""
+    answers, sys.stdout = sys.stdout, sys.stderr  # for what libraries print
     (model,) = arguments.models
     system = arguments.only.removesuffix("_compiled")
     step, more = MAKERS[system](model, arguments, system != arguments.only)
     began = time.perf_counter()
     step()
-    found = {"first_step_seconds": time.perf_counter() - began}
+    answer = {"first_step_seconds": time.perf_counter() - began}
     for _ in range(WARM_STEPS - 1):
         step()
-    began = time.perf_counter()
-    for _ in range(arguments.steps):
-        step()
-    found["seconds"] = (time.perf_counter() - began) / arguments.steps
-    found |= more(found["seconds"])
-    sys.stdout = output
-    return found
+    print(json.dumps(answer), file=answers, flush=True)
+    turns = []
+    for text in map(str.strip, sys.stdin):
+        if text == "steps":
+            began, count, passed = time.perf_counter(), 0, 0.0
+            while passed < TURN_SECONDS:
+                step()
+                count, passed = count + 1, time.perf_counter() - began
+            turns.append(passed / count)
+            answer = {"seconds": turns[-1]}
+        else:
+            answer = more(statistics.median(turns))
+        print(json.dumps(answer), file=answers, flush=True)
 
 
 def _resident() -> int:
@@ -299,7 +336,7 @@ def make_mmjax(model: str, arguments: argparse.Namespace, compiled: bool) -> tup
         import trace_table
 
         step()
-        found = trace_table.traced(step, program[0].as_text(), arguments.steps, Path(arguments.profile))
+        found = trace_table.traced(step, program[0].as_text(), arguments.turns, Path(arguments.profile))
         report.print_table(found, f"{arguments.profile}: open it with TensorBoard or Perfetto")
         sys.exit()
     return step, more

@@ -21,7 +21,7 @@ def measured(name, path, *arguments):
 
 @pytest.mark.slow
 def test_a_training_step_alone(tmp_path):
-    arguments = ("--peers=", "--models=quickstart,B/16-SigLIP", "--batch=2", "--steps=1", "--starts=1", "--unroll=1")
+    arguments = ("--peers=", "--models=quickstart,B/16-SigLIP", "--batch=2", "--turns=1", "--starts=1", "--unroll=1")
     found = measured("train_step", tmp_path / "found.json", *arguments)
     for model in ("quickstart", "B/16-SigLIP"):
         for name in ("mmjax_images_per_second", "of_matmul_rate", "first_step_seconds", "peak_memory"):
