@@ -44,6 +44,9 @@ def configure_jax() -> None:
     jax.config.update("jax_compilation_cache_dir", str(cache_root() / "compiled"))
     # What compiles in a second by itself may take two on a busy machine, and many small programs add up.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    if _computes_on_cpu():
+        # The place of XLA's caches for GPU kernels is part of every key: a folder that is moved would be empty.
+        jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
 
 
 def _computes_on_cpu() -> bool:
