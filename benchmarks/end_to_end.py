@@ -5,7 +5,8 @@
 
 `python -m mmjax.main` runs in a process of its own and an empty workdir: configs/quickstart.py with its own data and
 batch; the other models are configs/siglip_b.py with other towers, on the 1,024 JPEG files of 500 x 375 pixels in tar
-files that benchmarks/input_pipeline.py makes (of photographs, with `--photos`), in random crops to 224 pixels. Of each:
+files that benchmarks/input_pipeline.py makes (of photographs, with `--photos`), in random crops to 224 pixels. Of
+each, as in `Ti16/cores_used`:
 
     examples_per_second     after the first `--log-every` steps, which compile and fill the buffers
     data_wait_fraction      of that time, what was spent waiting for a batch while the device had nothing to do
@@ -49,7 +50,7 @@ def main() -> int:
             write_files(data, "small", arguments.photos)
         for model in arguments.models:
             found = run(command(model, arguments, data), Path(folder) / model.replace("/", "-"))
-            metrics |= {f"{model}/{name}": value for name, value in found.items()}
+            metrics |= {f"{model.replace('/', '')}/{name}": value for name, value in found.items()}
     report.print_table(metrics, "Whole runs")
     if arguments.json:
         report.write_json(arguments.json, metrics)

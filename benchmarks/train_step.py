@@ -11,13 +11,14 @@ a CPU in float32. mmjax reads uint8 pixels and normalises them, the peers are gi
 its fused attention and its fused AdamW, and `..._compiled` through `torch.compile`, which is the default on a GPU.
 
 Each system is a process of its own. On a CPU they live at the same time and take turns of a second of steps or one
-step, `--turns` times, so that a machine which gets slower and faster does so to all; on a GPU one process comes after
-the other, so that each has the memory for itself. All of that `--starts` times. Of each model:
+step, `--turns` times, so that a machine which gets slower and faster does so to all; its memory has to hold them all.
+On a GPU one process comes after the other, so that each has the memory for itself. All of that `--starts` times. Of
+each model, as in `B16/mfu`:
 
-    images_per_second           of the median turn
+    images_per_second           of the median turn, as everything below
     mfu                         floating-point operations of the matrix products, by formula, over the device's dense
                                 bfloat16 peak; on GPUs and TPUs alone
-    of_matmul_rate              the same over the rate of one large matrix product in the same process
+    of_matmul_rate              the same over the rate of one large matrix product, after the turn in the same process
     first_step_seconds          tracing and compiling, or finding it in the cache, and the first step
     peak_memory                 bytes: of the device's allocator; on a CPU what the compiled program needs, and by how
                                 much a peer's process grew
@@ -28,7 +29,7 @@ the other, so that each has the memory for itself. All of that `--starts` times.
 `--profile` writes a trace of mmjax's step into a folder and prints where its time goes, by the kind of kernel.
 
 The peers need packages that mmjax does not: see benchmarks/quickstart.py, and `pip install transformers==5.24.0`.
-Exit code 2: a peer's package is not installed.
+Exit code 1: mmjax failed with one of the models. Exit code 2: a peer's package is not installed.
 """
 
 import argparse
@@ -90,7 +91,7 @@ MODELS = {
 }
 OPEN_CLIP_SIGLIPS = {"B/16-SigLIP": "ViT-B-16-SigLIP", "So400m/14": "ViT-SO400M-14-SigLIP"}
 Step = Callable[[], None]
-Found = dict[str, Any]  # numbers, and under "turns" a list of seconds a step
+Found = dict[str, float]
 
 
 def main() -> int:
@@ -105,20 +106,20 @@ def main() -> int:
     metrics: dict[str, float] = {}
     for model in arguments.models:
         systems = ["mmjax", *arguments.peers]
-        starts = [
-            run(arguments, rotated(systems, number), model, arguments.batch) for number in range(arguments.starts)
-        ]
-        metrics |= {f"{model}/{name}": value for name, value in summary(starts, arguments).items()}
+        starts = [run(arguments, rotated(systems, number), model) for number in range(arguments.starts)]
+        task = model.replace("/", "")
+        metrics |= {f"{task}/{name}": value for name, value in summary(starts, arguments).items()}
         if arguments.largest:
             largest = {system: largest_batch(arguments, system, model) for system in systems}
-            metrics |= {f"{model}/{system}_largest_batch": batch for system, batch in largest.items()}
+            metrics |= {f"{task}/{system}_largest_batch": batch for system, batch in largest.items()}
             for peer in arguments.peers:
-                metrics[f"{model}/largest_batch_over_{peer}"] = largest["mmjax"] / max(largest[peer], 1)
+                metrics[f"{task}/largest_batch_over_{peer}"] = largest["mmjax"] / max(largest[peer], 1)
     metrics["batch"] = arguments.batch
     report.print_table(metrics, f"A training step, batches of {arguments.batch}, {arguments.starts} starts")
     if arguments.json:
         report.write_json(arguments.json, metrics)
-    return 0
+    made = [f"{model.replace('/', '')}/mmjax_images_per_second" in metrics for model in arguments.models]
+    return 0 if all(made) else 1
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -154,82 +155,100 @@ def _has_gpu() -> bool:
     return Path("/proc/driver/nvidia/version").exists()
 
 
-def run(arguments: argparse.Namespace, systems: list[str], model: str, batch: int) -> dict[str, Found]:
-    """What each of these systems measured; without those that failed, for want of memory say (the message is shown)."""
+def run(arguments: argparse.Namespace, systems: list[str], model: str) -> dict[str, list[Found]]:
+    """What each of these systems found when it was warm, and after each turn.
+
+    Those that failed, for want of memory say, are left out, and what they said is shown.
+    """
     groups = [[system] for system in systems] if _has_gpu() else [systems]
-    return {system: found for group in groups for system, found in together(arguments, group, model, batch).items()}
+    return {system: found for group in groups for system, found in together(arguments, group, model).items()}
 
 
-def together(arguments: argparse.Namespace, systems: list[str], model: str, batch: int) -> dict[str, Found]:
+def together(arguments: argparse.Namespace, systems: list[str], model: str) -> dict[str, list[Found]]:
     """The same of systems that live at the same time and take turns."""
-    command = [f"--models={model}", f"--batch={batch}", "--peers="]
-    command += [f"--{name}={getattr(arguments, name)}" for name in ("unroll", "remat")]
     workers: dict[str, Worker] = {}
-    answers: dict[str, list[dict[str, float]]] = {}
+    found: dict[str, list[Found]] = {system: [] for system in systems}
 
-    def ask(system: str, text: str = "") -> dict[str, float]:
+    def note(system: str, text: str = "") -> None:
         try:
-            return workers[system].ask(text) if text else workers[system].answer()
+            found[system].append(workers[system].ask(text) if text else workers[system].answer())
         except Ended as error:
-            print(f"{system}, {model}, {batch}: {error}", file=sys.stderr)
-            del workers[system]
-            return {}
+            print(f"{system}, {model}, {arguments.batch}: {error.last_line}", file=sys.stderr)
+            del workers[system], found[system]
 
     with ExitStack() as stack:
         for system in systems:
-            workers[system] = stack.enter_context(Worker(__file__, [f"--only={system}", *command]))
-            answers[system] = [ask(system)]  # it is warm
+            workers[system] = stack.enter_context(start(arguments, system, model, arguments.batch))
+            note(system)  # it is warm
         for number in range(arguments.turns):
             for system in rotated([*workers], number):
-                answers[system].append(ask(system, "steps"))
-        for system in [*workers]:
-            answers[system].append(ask(system, "more"))
-    found: dict[str, Found] = {}
-    for system in workers:
-        first, *steps, more = answers[system]
-        found[system] = {**first, **more, "turns": [each["seconds"] for each in steps]}
-        rate = batch / statistics.median(found[system]["turns"])
+                note(system, "steps")
+    for system, (_, *turns) in found.items():
+        rate = arguments.batch / statistics.median(turn["seconds"] for turn in turns)
         print(f"{model:12} {system:22} {rate:10.1f} images/s", file=sys.stderr)
     return found
 
 
+def start(arguments: argparse.Namespace, system: str, model: str, batch: int) -> Worker:
+    """The process of a system."""
+    command = [f"--only={system}", f"--models={model}", f"--batch={batch}", "--peers="]
+    return Worker(__file__, [*command, f"--unroll={arguments.unroll}", f"--remat={arguments.remat}"])
+
+
+def fits(arguments: argparse.Namespace, system: str, model: str, batch: int) -> bool:
+    """Whether a system can make steps with such a batch."""
+    with start(arguments, system, model, batch) as worker:
+        try:
+            worker.answer()
+        except Ended as error:
+            print(f"{model:12} {system:22} {batch:10}: {error.last_line}", file=sys.stderr)
+            return False
+    print(f"{model:12} {system:22} {batch:10} fits", file=sys.stderr)
+    return True
+
+
 def largest_batch(arguments: argparse.Namespace, system: str, model: str) -> int:
     """The largest batch that fits, to an eighth; 0 if not even `--batch` does."""
-    fits, batch = 0, arguments.batch
-    while run(arguments, [system], model, batch):
-        fits, batch = batch, 2 * batch
+    most, batch = 0, arguments.batch
+    while fits(arguments, system, model, batch):
+        most, batch = batch, 2 * batch
     fails = batch
-    while fits and fails - fits > fits // 8:
-        middle = (fits + fails) // 2 // 8 * 8
-        if middle <= fits:
+    while most and fails - most > most // 8:
+        middle = (most + fails) // 2 // 8 * 8
+        if middle <= most:
             break
-        fits, fails = (middle, fails) if run(arguments, [system], model, middle) else (fits, middle)
-    return fits
+        most, fails = (middle, fails) if fits(arguments, system, model, middle) else (most, middle)
+    return most
 
 
-def summary(starts: list[dict[str, Found]], arguments: argparse.Namespace) -> dict[str, float]:
+def summary(starts: list[dict[str, list[Found]]], arguments: argparse.Namespace) -> dict[str, float]:
     """The medians over turns and starts, and those of mmjax's ratios to the peers; what failed is left out."""
     metrics: dict[str, float] = {}
     for system in ("mmjax", *arguments.peers):
-        found = [start[system] for start in starts if system in start]
-        if found:
-            seconds = statistics.median(turn for each in found for turn in each["turns"])
-            metrics[f"{system}_images_per_second"] = arguments.batch / seconds
-            for name in [name for name in found[0] if name != "turns"]:
-                value = statistics.median(each[name] for each in found)
-                metrics[name if system == "mmjax" else f"{system}_{name}"] = value
+        found = [answer for start in starts for answer in start.get(system, ())]
+        medians = {
+            name: statistics.median(answer[name] for answer in found if name in answer)
+            for name in dict.fromkeys(name for answer in found for name in answer)
+        }
+        if medians:
+            metrics[f"{system}_images_per_second"] = arguments.batch / medians.pop("seconds")
+            metrics |= {name if system == "mmjax" else f"{system}_{name}": value for name, value in medians.items()}
     for peer in arguments.peers:
-        both = [(start["mmjax"], start[peer]) for start in starts if {"mmjax", peer} <= start.keys()]
-        if both:
-            turns = [pair for ours, theirs in both for pair in zip(ours["turns"], theirs["turns"], strict=True)]
-            metrics[f"over_{peer}"] = statistics.median(theirs / ours for ours, theirs in turns)
-            memory = [ours["peak_memory"] / theirs["peak_memory"] for ours, theirs in both]
+        turns = [
+            pair
+            for start in starts
+            if {"mmjax", peer} <= start.keys()
+            for pair in zip(start["mmjax"][1:], start[peer][1:], strict=True)
+        ]
+        if turns:
+            metrics[f"over_{peer}"] = statistics.median(theirs["seconds"] / ours["seconds"] for ours, theirs in turns)
+            memory = [ours["peak_memory"] / theirs["peak_memory"] for ours, theirs in turns]
             metrics[f"peak_memory_over_{peer}"] = statistics.median(memory)
     return metrics
 
 
 def serve(arguments: argparse.Namespace) -> None:
-    """A worker: one system's steps, as many as its standard input asks for."""
+    """A worker: one system's steps, a turn of them for each line that comes in."""
     answers, sys.stdout = sys.stdout, sys.stderr  # for what libraries print
     (model,) = arguments.models
     system = arguments.only.removesuffix("_compiled")
@@ -240,18 +259,13 @@ def serve(arguments: argparse.Namespace) -> None:
     for _ in range(WARM_STEPS - 1):
         step()
     print(json.dumps(answer), file=answers, flush=True)
-    turns = []
-    for text in map(str.strip, sys.stdin):
-        if text == "steps":
-            began, count, passed = time.perf_counter(), 0, 0.0
-            while passed < TURN_SECONDS:
-                step()
-                count, passed = count + 1, time.perf_counter() - began
-            turns.append(passed / count)
-            answer = {"seconds": turns[-1]}
-        else:
-            answer = more(statistics.median(turns))
-        print(json.dumps(answer), file=answers, flush=True)
+    for _ in sys.stdin:
+        began, count, passed = time.perf_counter(), 0, 0.0
+        while passed < TURN_SECONDS:
+            step()
+            count, passed = count + 1, time.perf_counter() - began
+        seconds = passed / count
+        print(json.dumps({"seconds": seconds} | more(seconds)), file=answers, flush=True)
 
 
 def _resident() -> int:
@@ -314,6 +328,7 @@ def make_mmjax(model: str, arguments: argparse.Namespace, compiled: bool) -> tup
         batch = jax.device_put(batch)
         lowered = jax.jit(train_step, static_argnums=2, donate_argnums=0).lower(state[0], batch, ("contrastive",))
     program: list[Any] = []
+    product = jax.jit(lambda a, b: a @ b)
 
     def step() -> None:
         with jax.set_mesh(mesh):
@@ -330,7 +345,7 @@ def make_mmjax(model: str, arguments: argparse.Namespace, compiled: bool) -> tup
         found = {"peak_memory": counted["peak_bytes_in_use"] if counted else planned}
         if peak := peak_flops(device.device_kind):
             found["mfu"] = rate / peak
-        return found | {"of_matmul_rate": rate / matmul_rate(jax), "tera_flops_per_second": rate / 1e12}
+        return found | {"of_matmul_rate": rate / matmul_rate(jax, product), "tera_flops_per_second": rate / 1e12}
 
     if arguments.profile:
         import trace_table
@@ -342,12 +357,11 @@ def make_mmjax(model: str, arguments: argparse.Namespace, compiled: bool) -> tup
     return step, more
 
 
-def matmul_rate(jax) -> float:
+def matmul_rate(jax, product: Callable) -> float:
     """Floating-point operations per second of a large matrix product: bfloat16 on a GPU, float32 on a CPU."""
     on_cpu = jax.default_backend() == "cpu"
     size, count = (2048, 5) if on_cpu else (8192, 20)
     matrix = jax.numpy.ones((size, size), jax.numpy.float32 if on_cpu else jax.numpy.bfloat16)
-    product = jax.jit(lambda a, b: a @ b)
     product(matrix, matrix).block_until_ready()
     began, result = time.perf_counter(), matrix
     for _ in range(count):

@@ -15,21 +15,26 @@ PAUSE = 0.5  # seconds
 
 
 class Ended(Exception):
-    """A worker has ended; the last line that it wrote to standard error."""
+    """A worker has ended: its exit code, and what it wrote to standard error."""
+
+    def __init__(self, code: int, errors: str):
+        super().__init__(f"exit code {code}\n{errors}")
+        self.last_line = f"{errors.rpartition(chr(10))[2]} (exit code {code})".strip()
 
 
 class Worker:
     """A process of a benchmark. It answers each line with one JSON object, and once by itself: it is warm."""
 
     def __init__(self, program: str, arguments: Sequence[str]):
-        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115, closed by __exit__
+        self._errors = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115, closed by __exit__
         self._process = subprocess.Popen(
             [sys.executable, program, *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
             text=True,
-            env=report.own_environment(ROOT),
+            # Otherwise jax ends each of its errors with a line about tracebacks.
+            env=report.own_environment(ROOT) | {"JAX_TRACEBACK_FILTERING": "off"},
         )
 
     def __enter__(self):
@@ -49,8 +54,7 @@ class Worker:
         if not line:
             code = self._process.wait()
             self._errors.seek(0)
-            last = ([line for line in map(str.strip, self._errors) if line] or ["it said nothing"])[-1]
-            raise Ended(f"{last} (exit code {code})")
+            raise Ended(code, self._errors.read().strip())
         return json.loads(line)
 
     def ask(self, text: str) -> dict[str, float]:

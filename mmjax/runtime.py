@@ -5,6 +5,7 @@ import gc
 import importlib.util
 import os
 import time
+from functools import cache
 from importlib.metadata import entry_points
 
 STARTED = time.time()  # of the program: before jax is imported
@@ -45,10 +46,11 @@ def configure_jax() -> None:
     # What compiles in a second by itself may take two on a busy machine, and many small programs add up.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     if _computes_on_cpu():
-        # The place of XLA's caches for GPU kernels is part of every key: a folder that is moved would be empty.
+        # The place of what XLA tunes for GPUs is part of every key: in a folder that was moved nothing would be found.
         jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
 
 
+@cache
 def _computes_on_cpu() -> bool:
     """Whether jax will find nothing but the CPU, asked without starting it."""
     platforms = os.environ.get("JAX_PLATFORMS")

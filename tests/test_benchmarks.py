@@ -1,5 +1,7 @@
 """The benchmarks that measure mmjax alone run, and what they report has their documented names."""
 
+import argparse
+import importlib
 import json
 import subprocess
 import sys
@@ -23,10 +25,56 @@ def measured(name, path, *arguments):
 def test_a_training_step_alone(tmp_path):
     arguments = ("--peers=", "--models=quickstart,B/16-SigLIP", "--batch=2", "--turns=1", "--starts=1", "--unroll=1")
     found = measured("train_step", tmp_path / "found.json", *arguments)
-    for model in ("quickstart", "B/16-SigLIP"):
+    for model in ("quickstart", "B16-SigLIP"):
         for name in ("mmjax_images_per_second", "of_matmul_rate", "first_step_seconds", "peak_memory"):
             assert found[f"{model}/{name}"] > 0
         assert found[f"{model}/of_matmul_rate"] < 1.2
+
+
+WORKER = """
+import sys
+print('{"warm": 1}', flush=True)
+for number, line in enumerate(sys.stdin):
+    if line.strip() == "fail":
+        raise ValueError("too large")
+    print('{"turn": %d}' % number, flush=True)
+"""
+
+
+def test_a_worker_that_ends_says_why(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(programs.ROOT / "benchmarks")
+    workers = importlib.import_module("workers")
+    monkeypatch.setattr(workers, "PAUSE", 0)
+    (tmp_path / "worker.py").write_text(WORKER)
+    with workers.Worker(str(tmp_path / "worker.py"), []) as worker:
+        assert worker.answer() == {"warm": 1}
+        assert [worker.ask("steps"), worker.ask("steps")] == [{"turn": 0}, {"turn": 1}]
+        for _ in range(2):
+            with pytest.raises(workers.Ended, match="ValueError: too large") as found:
+                worker.ask("fail")
+            assert found.value.last_line == "ValueError: too large (exit code 1)"
+
+
+def test_ratios_are_of_turns_and_what_failed_is_left_out(monkeypatch):
+    monkeypatch.syspath_prepend(programs.ROOT / "benchmarks")
+    train_step = importlib.import_module("train_step")
+
+    def found(*seconds):
+        return [{"first_step_seconds": 9.0}, *({"seconds": each, "peak_memory": 100 * each} for each in seconds)]
+
+    starts = [{"mmjax": found(1.0, 2.0, 4.0), "open_clip": found(2.0, 3.0, 6.0)}, {"mmjax": found(3.0)}]
+    arguments = argparse.Namespace(peers=["open_clip", "transformers"], batch=30)
+    assert train_step.summary(starts, arguments) == {
+        "mmjax_images_per_second": 12.0,
+        "first_step_seconds": 9.0,
+        "peak_memory": 250.0,
+        "open_clip_images_per_second": 10.0,
+        "open_clip_first_step_seconds": 9.0,
+        "open_clip_peak_memory": 300.0,
+        "over_open_clip": 1.5,
+        "peak_memory_over_open_clip": pytest.approx(1 / 1.5),
+    }
+    assert [train_step.rotated("abc", number) for number in (0, 1, 5)] == [list("abc"), list("bca"), list("cab")]
 
 
 @pytest.mark.slow
