@@ -12,10 +12,10 @@ its fused attention and its fused AdamW, and `..._compiled` through `torch.compi
 
 Each system is a process of its own. On a CPU they live at the same time and take turns of a second of steps or one
 step, `--turns` times, so that a machine which gets slower and faster does so to all; its memory has to hold them all.
-On a GPU one process comes after the other, so that each has the memory for itself. All of that `--starts` times. Of
-each model, as in `B16/mfu`:
+On a GPU one process comes after the other, so that each has the memory for itself. All of that `--starts` times.
+Figures are medians over the turns of all starts; of each model, as in `B16/mfu`:
 
-    images_per_second           of the median turn, as everything below
+    images_per_second           and mmjax's tera_flops_per_second, of matrix products
     mfu                         floating-point operations of the matrix products, by formula, over the device's dense
                                 bfloat16 peak; on GPUs and TPUs alone
     of_matmul_rate              the same over the rate of one large matrix product, after the turn in the same process
@@ -23,7 +23,7 @@ each model, as in `B16/mfu`:
     peak_memory                 bytes: of the device's allocator; on a CPU what the compiled program needs, and by how
                                 much a peer's process grew
     largest_batch               with `--largest`: to an eighth, by trying
-    over_PEER                   images per second over the peer's, of one turn each: the median
+    over_PEER                   images per second over the peer's, of one turn each
     peak_memory_over_PEER       peak memory over the peer's
 
 `--profile` writes a trace of mmjax's step into a folder and prints where its time goes, by the kind of kernel.
