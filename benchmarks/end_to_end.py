@@ -50,7 +50,7 @@ def main() -> int:
             write_files(data, "small", arguments.photos)
         for model in arguments.models:
             found = run(command(model, arguments, data), Path(folder) / model.replace("/", "-"))
-            metrics |= {f"{model.replace('/', '')}/{name}": value for name, value in found.items()}
+            metrics |= report.of_model(model, found)
     report.print_table(metrics, "Whole runs")
     if arguments.json:
         report.write_json(arguments.json, metrics)

@@ -99,7 +99,9 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, dict]]:
     """
     systems = ["mmjax", *arguments.peers]
     with ExitStack() as stack:
-        workers = {system: stack.enter_context(start(system)) for system in systems}
+        workers = {
+            system: stack.enter_context(Worker(__file__, [f"--only={system}", *sys.argv[1:]])) for system in systems
+        }
         try:
             for worker in workers.values():
                 worker.answer()  # it is warm
@@ -109,11 +111,6 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, dict]]:
             ]
         except Ended as error:
             sys.exit(f"error: a worker has ended: {error}")
-
-
-def start(system: str) -> Worker:
-    """The process of a system."""
-    return Worker(__file__, [f"--only={system}", *sys.argv[1:]])
 
 
 def serve(arguments: argparse.Namespace) -> None:

@@ -75,6 +75,11 @@ def _children(pid: int | str) -> list[str]:
     return [child for path in Path(f"/proc/{pid}/task").glob("*/children") for child in path.read_text().split()]
 
 
+def of_model(model: str, found: Mapping[str, float]) -> dict[str, float]:
+    """Metrics under the name of a model: `mfu` of "B/16" is `B16/mfu`."""
+    return {f"{model.replace('/', '')}/{name}": value for name, value in found.items()}
+
+
 def print_table(metrics: Mapping[str, float], title: str | None = None) -> None:
     """Prints one row for each metric, in the given order; a line where the part before the "/" changes."""
     table = Table("metric", title=title)
